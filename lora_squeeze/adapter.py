@@ -1,0 +1,103 @@
+"""What every format is read into: named LoRA layers that are loaded one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Adapter", "LayerSpec", "LoraLayer", "PassThrough"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What is known of a LoRA layer without reading its tensors.
+
+    scale
+        the effective scale: ΔW = scale · up · down.
+    down_dtype, up_dtype
+        of the stored factors, in safetensors' spelling ("BF16", "F32", …).
+    kind
+        "linear", "conv" or "embedding": how the format stores the two matrices.
+    kernel
+        the trailing dimensions of a convolution's kernel; they count into `in_features`.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    scale: float
+    down_dtype: str
+    up_dtype: str
+    kind: str = "linear"
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.out_features + self.in_features)
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The two factors of one layer as matrices; ΔW = scale · up @ down."""
+
+    name: str
+    down: Tensor  # (rank, in_features), PEFT's lora_A
+    up: Tensor  # (out_features, rank), PEFT's lora_B
+    scale: float
+
+
+@dataclass(frozen=True)
+class PassThrough:
+    """A tensor that is not part of a LoRA pair: its bytes are carried over as they are."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    chunks: Callable[[], Iterator[bytes]] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter whose numbers are known and whose tensors are loaded on demand.
+
+    layers
+        in file order; `load(name)` reads (or computes) the factors of one of them.
+    pass_through
+        tensors that are not LoRA pairs (modules_to_save, biases, DoRA magnitudes, …).
+    config, metadata
+        the format's own configuration and file metadata, kept field by field.
+    files
+        other files of the adapter's folder (tokenizer, chat template, …): relative path → file.
+    weights
+        the file that holds the source's tensors, if there is one.
+    notes
+        what the user should know about this adapter.
+    """
+
+    source: str
+    format: str
+    layers: Mapping[str, LayerSpec]
+    load: Callable[[str], LoraLayer] = field(repr=False)
+    pass_through: tuple[PassThrough, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    files: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    weights: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any layer."""
+        return max(spec.rank for spec in self.layers.values())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the LoRA pairs."""
+        return sum(spec.parameters for spec in self.layers.values())

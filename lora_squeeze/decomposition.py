@@ -1,0 +1,116 @@
+"""Pass 1: an adapter → the spectra of all its layers, and their changes of basis on a spool."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import IO
+
+import torch
+
+from lora_squeeze.adapter import Adapter
+from lora_squeeze.formats.tensors import memory_of, sha256_of_file
+from lora_squeeze.parallel import ordered_map
+from lora_squeeze.records import Spectrum
+from lora_squeeze.spectrum import Basis, basis, singular_values
+
+__all__ = ["Decomposition", "decompose"]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """All spectra of an adapter, and where its changes of basis can be read again.
+
+    Any number of rank plans can be applied to one decomposition. The bases (two r×q matrices a
+    layer) lie in an unnamed temporary file, so memory does not grow with the adapter.
+    """
+
+    adapter: Adapter
+    spectra: tuple[Spectrum, ...]
+    source_sha256: str
+    basis: Callable[[str], Basis] = field(repr=False)
+
+
+def decompose(
+    adapter: Adapter,
+    *,
+    method: str = "gram",
+    device: str = "cpu",
+    seed: int = 0,
+    on_layer: Callable[[str], None] | None = None,
+) -> Decomposition:
+    """Decompose every layer, one at a time per worker.
+
+    method
+        "gram", "qr", "randomized" or "dense" (see `lora_squeeze.spectrum`).
+    on_layer
+        called with each layer's name as it is finished, in file order.
+
+    Raises AdapterError, naming layer and tensor, for NaN, infinity or an unreadable file.
+    """
+    spool = _Spool()
+
+    def work(name: str) -> tuple[Spectrum, Basis]:
+        layer, spec = adapter.load(name), adapter.layers[name]
+        found = basis(layer, method=method, device=device, seed=seed)
+        return Spectrum(
+            name=name,
+            out_features=spec.out_features,
+            in_features=spec.in_features,
+            source_rank=spec.rank,
+            singular_values=singular_values(layer, found),
+        ), found
+
+    spectra: list[Spectrum] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash") as hasher:
+        fingerprint = hasher.submit(sha256_of_file, adapter.weights) if adapter.weights else None
+        for spectrum, found in ordered_map(work, adapter.layers):
+            spectra.append(spectrum)
+            spool.append(spectrum.name, found)
+            if on_layer is not None:
+                on_layer(spectrum.name)
+    return Decomposition(
+        adapter=adapter,
+        spectra=tuple(spectra),
+        source_sha256=fingerprint.result() if fingerprint else "",
+        basis=lambda name: spool.read(name, device=device),
+    )
+
+
+class _Spool:
+    """Bases one after the other in an unnamed file, found again by layer name."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="lora-squeeze-")
+        self._places: dict[str, tuple[int, int, int, int]] = {}  # name → offset, r, q, numerical rank
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def append(self, name: str, found: Basis) -> None:
+        r, q = found.p.shape
+        parts = (found.p.reshape(-1), found.q.reshape(-1), found.singular_values, found.growth)
+        numbers = torch.cat(parts).cpu()
+        data = memory_of(numbers)
+        with self._lock:
+            self._file.seek(self._end)
+            self._file.write(data)
+            self._places[name] = (self._end, r, q, found.numerical_rank)
+            self._end += len(data)
+
+    def read(self, name: str, *, device: str) -> Basis:
+        offset, r, q, numerical_rank = self._places[name]
+        sizes = [r * q, r * q, q, q]
+        with self._lock:
+            self._file.seek(offset)
+            data = bytearray(self._file.read(8 * sum(sizes)))
+        p, w, values, growth = torch.frombuffer(data, dtype=torch.float64).to(device).split(sizes)
+        return Basis(
+            singular_values=values,
+            p=p.reshape(r, q),
+            q=w.reshape(q, r),
+            numerical_rank=numerical_rank,
+            growth=growth,
+        )

@@ -1,0 +1,53 @@
+"""Everything that can go wrong for a reason the user can mend.
+
+LoraSqueezeError
+├── AdapterError            a file of the adapter is missing, damaged or contradicts itself
+│   └── UnsupportedAdapter  the adapter is sound, but cannot be squeezed as it is
+├── RankError               ranks, thresholds or budgets that make no sense for this adapter
+├── SettingsError           a TOML file or an option that is unknown, mistyped or contradictory
+├── OutputError             the result cannot be written where it was asked for
+└── MissingExtra            an optional dependency is not installed
+
+Every message says what is wrong, in which file, layer or key, why, and what to do.
+"""
+
+__all__ = [
+    "AdapterError",
+    "LoraSqueezeError",
+    "MissingExtra",
+    "OutputError",
+    "RankError",
+    "SettingsError",
+    "UnsupportedAdapter",
+]
+
+
+class LoraSqueezeError(Exception):
+    """Base class of all errors that lora-squeeze raises on purpose."""
+
+
+class AdapterError(LoraSqueezeError):
+    """An adapter file is missing, damaged or contradicts itself."""
+
+
+class UnsupportedAdapter(AdapterError):
+    """The adapter is sound, but cannot be squeezed as it is."""
+
+
+class RankError(LoraSqueezeError):
+    """Ranks, thresholds or budgets that make no sense for this adapter."""
+
+
+class SettingsError(LoraSqueezeError):
+    """A TOML file or an option that is unknown, mistyped or contradictory."""
+
+
+class OutputError(LoraSqueezeError):
+    """The result cannot be written where it was asked for."""
+
+
+class MissingExtra(LoraSqueezeError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(f"{module} is not installed; to use this: pip install 'lora-squeeze[{extra}]'")

@@ -1,0 +1,61 @@
+"""The only code that opens or writes adapter files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_squeeze.adapter import Adapter
+from lora_squeeze.errors import AdapterError, OutputError
+from lora_squeeze.formats.folder import check_output, new_folder
+from lora_squeeze.formats.peft import open_peft, sniff_peft, write_peft
+from lora_squeeze.formats.tensors import sha256_of_file
+
+__all__ = ["Written", "open_adapter", "save_adapter"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `save_adapter` wrote: the weight file, its size in bytes and its SHA-256."""
+
+    weights: Path
+    nbytes: int
+    sha256: str
+
+
+def open_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Open an adapter: names, shapes, ranks and scales are read, tensors only when asked for.
+
+    Raises AdapterError if there is no adapter at this path or it is damaged, UnsupportedAdapter
+    if it is not a plain LoRA.
+    """
+    location = Path(path).expanduser()
+    if not location.exists():
+        raise AdapterError(f"{location}: no such file or folder")
+    if sniff_peft(location):
+        return open_peft(location)
+    if location.is_file() and sniff_peft(location.parent):
+        raise AdapterError(f"{location}: is a file of a PEFT adapter; give its folder: {location.parent}")
+    raise AdapterError(f"{location}: no adapter found here; a PEFT adapter is a folder with adapter_config.json")
+
+
+def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> Written:
+    """Write an adapter as a PEFT folder and check that the disk holds what was written.
+
+    The folder is written beside `path` under another name, fsynced, read back and renamed, so it
+    appears whole or not at all. Raises OutputError if it cannot be written, exists (without
+    `overwrite`) or is the source.
+    """
+    output = Path(path).expanduser()
+    check_output(output, source=adapter.weights.parent if adapter.weights else None, overwrite=overwrite)
+    with new_folder(output) as folder:
+        weights, digest = write_peft(adapter, folder)
+        for name, file in adapter.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+        if sha256_of_file(weights) != digest:
+            raise OutputError(f"{output}: what was read back is not what was written; is the disk failing?")
+        size = weights.stat().st_size
+    return Written(weights=output / weights.name, nbytes=size, sha256=digest)

@@ -1,0 +1,236 @@
+"""Streaming safetensors: read one tensor at a time, write without holding what was written.
+
+The safetensors package validates every header. Tensors are read with ordinary reads at their
+offsets rather than through its memory map: resident memory then stays at one layer, and a file
+that shrinks while it is read gives an error instead of a bus error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_squeeze.errors import AdapterError, OutputError
+from lora_squeeze.parallel import ordered_map
+
+__all__ = [
+    "DTYPES",
+    "Block",
+    "SafetensorsFile",
+    "TensorSpec",
+    "dtype_name",
+    "memory_of",
+    "read_safetensors",
+    "safetensors_size",
+    "sha256_of_file",
+    "write_safetensors",
+]
+
+# safetensors' spelling → torch. What is only carried over may have any dtype: bytes are bytes.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CHUNK = 1 << 20
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' spelling of a floating-point torch dtype. Raises KeyError for other dtypes."""
+    return next(name for name, known in DTYPES.items() if known is dtype)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's key, dtype (safetensors' spelling), shape and size in bytes."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tensors that are made together (a LoRA pair) and lie side by side in the file."""
+
+    specs: tuple[TensorSpec, ...]
+    make: Callable[[], Sequence[torch.Tensor | Iterator[bytes]]]
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A safetensors file whose header has been read and checked."""
+
+    path: Path
+    tensors: Mapping[str, TensorSpec]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+    identity: tuple[int, int, int]  # inode, size and modification time when the header was read
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read one tensor. Raises AdapterError if its dtype is unknown or the file has changed."""
+        spec = self.tensors[key]
+        if spec.dtype not in DTYPES:
+            raise AdapterError(
+                f"{self.path}: tensor '{key}' has dtype {spec.dtype}; "
+                f"LoRA factors of {', '.join(DTYPES)} can be squeezed: convert it first"
+            )
+        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        self._read_into(key, memory_of(tensor))
+        return tensor
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """Read one tensor's bytes a MiB at a time, whatever its dtype."""
+        size = self.tensors[key].nbytes
+        for start in range(0, size, _CHUNK):
+            piece = bytearray(min(_CHUNK, size - start))
+            self._read_into(key, memoryview(piece), start=start)
+            yield bytes(piece)
+
+    def _read_into(self, key: str, target: memoryview, *, start: int = 0) -> None:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if _identity(file.fileno()) != self.identity:
+                    raise AdapterError(f"{self.path}: the file was changed while it was being read; run again")
+                file.seek(self.offsets[key] + start)
+                while len(target):
+                    count = file.readinto(target)
+                    if not count:
+                        raise AdapterError(f"{self.path}: the file ends inside tensor '{key}'")
+                    target = target[count:]
+        except OSError as error:
+            raise AdapterError(f"{self.path}: cannot read tensor '{key}': {error.strerror}") from error
+
+
+def read_safetensors(path: Path) -> SafetensorsFile:
+    """Read and check a file's header. Raises AdapterError if it is missing or damaged."""
+    try:
+        with path.open("rb") as file:
+            identity = _identity(file.fileno())
+            # framework="numpy" is the one that imports nothing until a tensor is asked for.
+            with safe_open(path, framework="numpy"):
+                pass
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: not a sound safetensors file ({error}); fetch or save it again") from error
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    metadata = header.pop("__metadata__", {})
+    in_file_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return SafetensorsFile(
+        path=path,
+        tensors={
+            key: TensorSpec(
+                key, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+            )
+            for key, entry in in_file_order
+        },
+        offsets={key: 8 + length + entry["data_offsets"][0] for key, entry in in_file_order},
+        metadata=metadata,
+        identity=identity,
+    )
+
+
+def write_safetensors(path: Path, blocks: Sequence[Block], metadata: Mapping[str, str]) -> str:
+    """Write a new file block by block, fsync it, and return its SHA-256 as it was written.
+
+    The header is known before the first tensor is made, so no more than a few blocks are in
+    memory. Raises OutputError if the disk is full or the path cannot be written.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("xb") as file:
+            for piece in _pieces(blocks, metadata):
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def safetensors_size(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> int:
+    """The exact size in bytes of the file that `write_safetensors` would write."""
+    specs = list(specs)
+    return len(_header(specs, metadata)) + sum(spec.nbytes for spec in specs)
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, as `sha256sum` prints it. Raises AdapterError if unreadable."""
+    digest = hashlib.sha256()
+    chunk = memoryview(bytearray(_CHUNK))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(chunk):
+                digest.update(chunk[:count])
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _pieces(blocks: Sequence[Block], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    # Wide dtypes first, as safetensors itself does it, so that every tensor is aligned.
+    blocks = sorted(blocks, key=lambda block: -max(_item_size(spec) for spec in block.specs))
+    yield _header([spec for block in blocks for spec in block.specs], metadata)
+    for block, tensors in zip(blocks, ordered_map(lambda block: block.make(), blocks), strict=True):
+        for spec, tensor in zip(block.specs, tensors, strict=True):
+            if isinstance(tensor, torch.Tensor):
+                contiguous = tensor.contiguous()
+                written = len(piece := memory_of(contiguous))
+                yield piece
+            else:
+                written = 0
+                for chunk in tensor:
+                    written += len(chunk)
+                    yield chunk
+            if written != spec.nbytes:
+                raise AssertionError(f"tensor '{spec.key}' has {written} bytes, {spec.nbytes} were announced")
+
+
+def _item_size(spec: TensorSpec) -> int:
+    return spec.nbytes // max(1, math.prod(spec.shape))
+
+
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for spec in specs:
+        header[spec.key] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for 8-byte alignment of the data
+    return struct.pack("<Q", len(text)) + text
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory, without NumPy. It must outlive the view."""
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _identity(descriptor: int) -> tuple[int, int, int]:
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns

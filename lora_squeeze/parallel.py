@@ -1,0 +1,47 @@
+"""Work on many layers at once: a few threads, each with one BLAS thread.
+
+Thin matrices gain little from threads inside one product; a pool of workers over layers keeps
+every core busy. Torch releases the interpreter lock in its kernels, so threads are enough.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+__all__ = ["ordered_map"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield function(item) in the order of the items, with as many workers as torch has threads.
+
+    At most two results per worker are waiting at any time, so memory does not grow with the
+    number of items. The first exception is raised where its result would have come.
+    """
+    workers = torch.get_num_threads()
+    pending: deque[Future[Result]] = deque()
+    remaining = iter(items)
+    with ThreadPoolExecutor(workers, thread_name_prefix="lora-squeeze", initializer=_one_blas_thread) as pool:
+        try:
+            pending.extend(pool.submit(function, item) for item in islice(remaining, 2 * workers))
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()
+            # Each worker's setting also becomes the default of threads started later.
+            torch.set_num_threads(workers)
+
+
+def _one_blas_thread() -> None:
+    torch.set_num_threads(1)

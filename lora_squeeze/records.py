@@ -1,0 +1,217 @@
+"""The numbers that flow between the stations: frozen records, JSON in and out, no tensors.
+
+Energies are squared singular values of the *effective* update ΔW = scale · B · A. Retained
+variance at rank k is V(k) = Σ_{i≤k} σ_i² / Σ σ_i² (LoRA-Squeeze, arXiv 2602.10993, appendix F),
+a fraction between 0 and 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from lora_squeeze.errors import RankError
+
+__all__ = ["Analysis", "Compression", "LayerError", "LayerVariance", "Ranks", "Spectrum"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of one layer's effective update, largest first.
+
+    `singular_values` has at most min(source_rank, out_features, in_features) entries.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    source_rank: int
+    singular_values: tuple[float, ...]
+
+    @cached_property
+    def cumulative_energy(self) -> tuple[float, ...]:
+        """Σ_{i≤k} σ_i² for k = 0, 1, …, len(singular_values)."""
+        return tuple(accumulate((value * value for value in self.singular_values), initial=0.0))
+
+    @property
+    def energy(self) -> float:
+        """‖ΔW‖_F² = Σ σ_i²; exactly 0.0 for a layer that does nothing."""
+        return self.cumulative_energy[-1]
+
+    @property
+    def component_size(self) -> int:
+        """The parameters that one rank-1 component costs: out_features + in_features."""
+        return self.out_features + self.in_features
+
+    def retained_energy(self, rank: int) -> float:
+        """Σ_{i≤rank} σ_i²; ranks beyond the last singular value retain everything."""
+        return self.cumulative_energy[min(max(rank, 0), len(self.singular_values))]
+
+    def retained_variance(self, rank: int) -> float:
+        """V(rank) in [0, 1]. A layer that is exactly zero loses nothing: 1.0."""
+        return self.retained_energy(rank) / self.energy if self.energy > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class LayerVariance:
+    """One row of the per-layer table: what each candidate rank retains in this layer."""
+
+    name: str
+    source_rank: int
+    singular_values: tuple[float, ...]
+    variance_at_rank: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What each candidate rank would retain of an adapter, and the rank that is recommended.
+
+    mean_variance, min_variance, max_variance
+        rank → V(rank) over the layers that are not exactly zero.
+    energy_variance
+        rank → Σ_layers Σ_{i≤rank} σ² / Σ_layers Σ σ²: each layer weighs what it contributes.
+    by
+        "mean" or "worst": which of the curves has to reach `min_variance_retention`.
+    """
+
+    source: str
+    source_rank: int
+    target_ranks: tuple[int, ...]
+    min_variance_retention: float
+    by: str
+    recommended_rank: int
+    mean_variance: dict[int, float]
+    min_variance: dict[int, float]
+    max_variance: dict[int, float]
+    energy_variance: dict[int, float]
+    spectra: tuple[Spectrum, ...]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def layers(self) -> tuple[LayerVariance, ...]:
+        """One entry per layer, in file order."""
+        return tuple(
+            LayerVariance(
+                name=spectrum.name,
+                source_rank=spectrum.source_rank,
+                singular_values=spectrum.singular_values,
+                variance_at_rank={rank: spectrum.retained_variance(rank) for rank in self.target_ranks},
+            )
+            for spectrum in self.spectra
+        )
+
+    def to_json(self) -> str:
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Analysis:
+        """Read what `to_json` wrote. Raises RankError if the text is something else."""
+        fields = _from_json(text, "Analysis")
+        try:
+            for curve in ("mean_variance", "min_variance", "max_variance", "energy_variance"):
+                fields[curve] = {int(rank): float(value) for rank, value in fields[curve].items()}
+            fields["spectra"] = tuple(
+                Spectrum(**{**one, "singular_values": tuple(one["singular_values"])}) for one in fields["spectra"]
+            )
+            fields["target_ranks"] = tuple(fields["target_ranks"])
+            fields["notes"] = tuple(fields["notes"])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RankError(f"the analysis is damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A plan: layer name → rank, and the policy that chose it. Print it, edit it, apply it."""
+
+    policy: str
+    by_layer: dict[str, int]
+
+    @property
+    def largest(self) -> int:
+        return max(self.by_layer.values(), default=0)
+
+    def to_json(self) -> str:
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Ranks:
+        """Read what `to_json` wrote. Raises RankError if the text is something else."""
+        fields = _from_json(text, "Ranks")
+        by_layer = fields.get("by_layer")
+        if not isinstance(by_layer, dict) or not all(type(rank) is int for rank in by_layer.values()):
+            raise RankError("'by_layer' must map layer names to whole numbers")
+        return cls(policy=str(fields.get("policy", "edited by hand")), by_layer=by_layer)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What was lost in one layer: ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, and the energy it is relative to.
+
+    `energy` is ‖ΔW‖_F² (effective); `relative_error` includes the rounding to the written dtype.
+    """
+
+    name: str
+    source_rank: int
+    rank: int
+    energy: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What a compression wrote and what it cost. Sizes are bytes of the adapter's weight file."""
+
+    source: str
+    output: str
+    policy: str
+    layers: tuple[LayerError, ...]
+    bytes_before: int
+    bytes_after: int
+    parameters_before: int
+    parameters_after: int
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def relative_error(self) -> float:
+        """‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all layers together."""
+        energy = sum(layer.energy for layer in self.layers)
+        lost = sum(layer.energy * layer.relative_error**2 for layer in self.layers)
+        return (lost / energy) ** 0.5 if energy > 0 else 0.0
+
+    @property
+    def retained_variance(self) -> float:
+        """1 − relative_error²: the share of Σσ² over all layers that is still there."""
+        return 1.0 - self.relative_error**2
+
+    @property
+    def worst_layer(self) -> LayerError:
+        return max(self.layers, key=lambda layer: layer.relative_error)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that was written."""
+        return max(layer.rank for layer in self.layers)
+
+    def to_json(self) -> str:
+        return _to_json(self, relative_error=self.relative_error, retained_variance=self.retained_variance)
+
+
+def _to_json(record: Any, **derived: Any) -> str:
+    fields: Mapping[str, Any] = {"record": type(record).__name__, **dataclasses.asdict(record), **derived}
+    return json.dumps(fields, indent=1, ensure_ascii=False)
+
+
+def _from_json(text: str, kind: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise RankError(f"not valid JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.pop("record", None) != kind:
+        raise RankError(f'not a {kind} record: the field "record": "{kind}" is missing')
+    return fields
