@@ -39,6 +39,7 @@ class LayerSpec:
 
     @property
     def parameters(self) -> int:
+        """Numbers in the two factors: rank · (out_features + in_features)."""
         return self.rank * (self.out_features + self.in_features)
 
 
@@ -75,8 +76,10 @@ class Adapter:
         the format's own configuration and file metadata, kept field by field.
     files
         other files of the adapter's folder (tokenizer, chat template, …): relative path → file.
-    weights
-        the file that holds the source's tensors, if there is one.
+    late_metadata
+        what is only known once all layers have been computed; replaces entries of `metadata`.
+    weights, sha256
+        the file that holds the source's tensors, if there is one, and (asked for) its SHA-256.
     notes
         what the user should know about this adapter.
     """
@@ -89,8 +92,15 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     files: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    late_metadata: Callable[[], Mapping[str, str]] | None = field(default=None, repr=False)
     weights: Path | None = None
+    sha256: Callable[[], str] = field(default=str, repr=False)
     notes: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the source lies on disk, if anywhere."""
+        return self.weights.parent if self.weights else None
 
     @property
     def rank(self) -> int:

@@ -28,7 +28,7 @@ def analyze(
 
     Raises RankError if a declared rank contradicts the tensors or a rank or threshold is impossible.
     """
-    found = max((s.source_rank for s in spectra), default=0)
+    found = max((s.rank for s in spectra), default=0)
     if source_rank not in (0, found):
         raise RankError(
             f"source rank {source_rank} was declared, but the largest rank in the tensors of {source or 'the adapter'} "

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-
-import torch
+from functools import partial
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
-from lora_squeeze.decomposition import Decomposition
+from lora_squeeze.decomposition import Decomposition, spectrum_of
 from lora_squeeze.errors import RankError
 from lora_squeeze.formats.tensors import DTYPES
-from lora_squeeze.records import LayerError, Ranks
-from lora_squeeze.spectrum import basis, relative_error, truncate
+from lora_squeeze.records import Ranks, SqueezedLayer
+from lora_squeeze.spectrum import Basis, Truncation, basis, truncate
 from lora_squeeze.version import __version__
 
 __all__ = ["compress"]
@@ -25,8 +26,9 @@ def compress(
     ranks: Ranks,
     *,
     dtype: str | None = None,
+    method: str = "gram",
     device: str = "cpu",
-    on_layer: Callable[[LayerError], None] | None = None,
+    on_layer: Callable[[SqueezedLayer], None] | None = None,
 ) -> Adapter:
     """Truncate every layer's effective update to its rank; lazily, when the result is saved.
 
@@ -37,7 +39,7 @@ def compress(
     dtype
         of the new factors, in safetensors' spelling; default: each as it was.
     on_layer
-        called with each layer's error, rounding included, once it has been computed.
+        called with each layer's spectrum and error, rounding included, once it has been computed.
 
     All layers come out with one effective scale, the most common one of the source; where a layer
     had another, the difference goes into its factors. So a runtime that ignores rank_pattern and
@@ -58,21 +60,27 @@ def compress(
         for name, spec in adapter.layers.items()
     }
 
+    decomposed = partial(basis, method=method, device=device)
+
     def load(name: str) -> LoraLayer:
         before, after = adapter.layers[name], layers[name]
         layer = adapter.load(name)
-        found = source.basis(name) if isinstance(source, Decomposition) else basis(layer, device=device)
-        unchanged = before == after
-        squeezed = layer if unchanged else _rounded(_rescaled(truncate(layer, found, after.rank), scale), after)
+        found = source.basis(name) if isinstance(source, Decomposition) else decomposed(layer)
+        squeezed = Truncation(layer, 0.0) if before == after else _truncated(layer, found, after)
         if on_layer is not None:
-            energy = float((found.singular_values * layer.scale).square().sum())
-            error = 0.0 if unchanged else relative_error(layer, squeezed, energy=energy)
-            on_layer(LayerError(name, before.rank, after.rank, energy, error))
-        return squeezed
+            on_layer(SqueezedLayer(spectrum_of(before, layer, found), after.rank, squeezed.relative_error))
+        return squeezed.layer
 
-    sha256 = source.source_sha256 if isinstance(source, Decomposition) else ""
+    # The source's hash takes as long as a third of the work, so it is taken meanwhile.
+    hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
+    sha256 = hasher.submit(adapter.sha256)
+    hasher.shutdown(wait=False)
     return replace(
-        adapter, layers=layers, load=load, metadata={**adapter.metadata, "lora_squeeze": _provenance(ranks, sha256)}
+        adapter,
+        layers=layers,
+        load=load,
+        metadata={**adapter.metadata, "lora_squeeze": _provenance(ranks, "0" * 64)},
+        late_metadata=lambda: {"lora_squeeze": _provenance(ranks, sha256.result() or "0" * 64)},
     )
 
 
@@ -83,8 +91,9 @@ def _check_plan(adapter: Adapter, ranks: Ranks) -> None:
         first = f"'{unknown[0]}' is not in it" if unknown else f"'{missing[0]}' has no rank"
         raise RankError(f"these ranks are not for {adapter.source}: layer {first}; make a plan for this adapter")
     for name, rank in ranks.by_layer.items():
-        if not 1 <= rank <= adapter.layers[name].rank:
-            raise RankError(f"layer '{name}': rank {rank} is not between 1 and its own rank {adapter.layers[name].rank}")
+        own = adapter.layers[name].rank
+        if not 1 <= rank <= own:
+            raise RankError(f"layer '{name}': rank {rank} is not between 1 and its own rank {own}")
 
 
 def _shared_scale(adapter: Adapter) -> float:
@@ -92,23 +101,20 @@ def _shared_scale(adapter: Adapter) -> float:
     return scales.most_common(1)[0][0] if scales else 0.0
 
 
-def _rescaled(layer: LoraLayer, scale: float) -> LoraLayer:
-    """The same update under another scale; both factors take half of the difference."""
-    if layer.scale == scale:
-        return layer
-    ratio = layer.scale / scale
-    half = abs(ratio) ** 0.5
-    return LoraLayer(layer.name, layer.down * half, layer.up * (half if ratio >= 0 else -half), scale)
-
-
-def _rounded(layer: LoraLayer, spec: LayerSpec) -> LoraLayer:
-    """Round once, to the dtype that will be stored."""
-    down = layer.down.to("cpu", DTYPES[spec.down_dtype])
-    up = layer.up.to("cpu", DTYPES[spec.up_dtype])
-    for name, factor, dtype in (("lora_A", down, spec.down_dtype), ("lora_B", up, spec.up_dtype)):
-        if not bool(torch.isfinite(factor).all()):
-            raise RankError(f"layer '{spec.name}': {name} overflows {dtype}; choose a wider dtype, as --dtype bf16")
-    return LoraLayer(layer.name, down, up, layer.scale)
+def _truncated(layer: LoraLayer, found: Basis, spec: LayerSpec) -> Truncation:
+    squeezed = truncate(
+        layer,
+        found,
+        spec.rank,
+        scale=spec.scale,
+        down_dtype=DTYPES[spec.down_dtype],
+        up_dtype=DTYPES[spec.up_dtype],
+    )
+    if not math.isfinite(squeezed.relative_error):
+        raise RankError(
+            f"layer '{spec.name}': its new factors overflow {spec.down_dtype}; choose a wider dtype, as --dtype bf16"
+        )
+    return squeezed
 
 
 def _provenance(ranks: Ranks, sha256: str) -> str:

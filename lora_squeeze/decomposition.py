@@ -5,19 +5,18 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO
 
 import torch
 
-from lora_squeeze.adapter import Adapter
-from lora_squeeze.formats.tensors import memory_of, sha256_of_file
+from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
+from lora_squeeze.formats.tensors import memory_of
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.records import Spectrum
 from lora_squeeze.spectrum import Basis, basis, singular_values
 
-__all__ = ["Decomposition", "decompose"]
+__all__ = ["Decomposition", "decompose", "spectrum_of"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Decomposition:
 
     adapter: Adapter
     spectra: tuple[Spectrum, ...]
-    source_sha256: str
     basis: Callable[[str], Basis] = field(repr=False)
 
 
@@ -56,27 +54,29 @@ def decompose(
     def work(name: str) -> tuple[Spectrum, Basis]:
         layer, spec = adapter.load(name), adapter.layers[name]
         found = basis(layer, method=method, device=device, seed=seed)
-        return Spectrum(
-            name=name,
-            out_features=spec.out_features,
-            in_features=spec.in_features,
-            source_rank=spec.rank,
-            singular_values=singular_values(layer, found),
-        ), found
+        return spectrum_of(spec, layer, found), found
 
     spectra: list[Spectrum] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash") as hasher:
-        fingerprint = hasher.submit(sha256_of_file, adapter.weights) if adapter.weights else None
-        for spectrum, found in ordered_map(work, adapter.layers):
-            spectra.append(spectrum)
-            spool.append(spectrum.name, found)
-            if on_layer is not None:
-                on_layer(spectrum.name)
+    for spectrum, found in ordered_map(work, adapter.layers):
+        spectra.append(spectrum)
+        spool.append(spectrum.name, found)
+        if on_layer is not None:
+            on_layer(spectrum.name)
     return Decomposition(
         adapter=adapter,
         spectra=tuple(spectra),
-        source_sha256=fingerprint.result() if fingerprint else "",
         basis=lambda name: spool.read(name, device=device),
+    )
+
+
+def spectrum_of(spec: LayerSpec, layer: LoraLayer, found: Basis) -> Spectrum:
+    """The record of one decomposed layer."""
+    return Spectrum(
+        name=spec.name,
+        out_features=spec.out_features,
+        in_features=spec.in_features,
+        rank=spec.rank,
+        singular_values=singular_values(layer, found),
     )
 
 
@@ -84,7 +84,7 @@ class _Spool:
     """Bases one after the other in an unnamed file, found again by layer name."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="lora-squeeze-")
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="lora-squeeze-")  # noqa: SIM115
         self._places: dict[str, tuple[int, int, int, int]] = {}  # name → offset, r, q, numerical rank
         self._end = 0
         self._lock = threading.Lock()

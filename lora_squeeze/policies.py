@@ -6,8 +6,8 @@ layer for more than its own rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
 
 from lora_squeeze.errors import RankError
 from lora_squeeze.records import Ranks, Spectrum
@@ -17,14 +17,23 @@ __all__ = ["By", "candidate_ranks", "fixed", "retention_curve", "variance"]
 By = Literal["mean", "worst"]
 
 
-def fixed(spectra: Iterable[Spectrum], rank: int) -> Ranks:
+class Ranked(Protocol):
+    """Anything that has a layer's name and rank: a spectrum, or a layer that was not decomposed."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+
+
+def fixed(layers: Iterable[Ranked], rank: int) -> Ranks:
     """The same rank for all layers; a layer whose own rank is lower keeps it.
 
     Post-Squeeze of LoRA-Squeeze (arXiv 2602.10993). Raises RankError for a rank below 1.
     """
     if rank < 1:
         raise RankError(f"rank {rank} is not possible: a LoRA layer has a rank of at least 1")
-    return Ranks(policy=f"fixed={rank}", by_layer={s.name: min(rank, s.source_rank) for s in spectra})
+    return Ranks(policy=f"fixed={rank}", by_layer={s.name: min(rank, s.rank) for s in layers})
 
 
 def variance(
@@ -39,7 +48,7 @@ def variance(
     """
     if not 0 < keep <= 1:
         raise RankError(f"a retained variance of {keep} is not possible: it is a fraction above 0 and up to 1")
-    source_rank = max((s.source_rank for s in spectra), default=1)
+    source_rank = max((s.rank for s in spectra), default=1)
     curve = {"mean": _mean, "worst": min}[by]
     for rank in candidate_ranks(source_rank, candidates):
         if curve(retention_curve(spectra, rank)) >= keep:

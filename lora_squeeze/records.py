@@ -17,20 +17,20 @@ from typing import Any
 
 from lora_squeeze.errors import RankError
 
-__all__ = ["Analysis", "Compression", "LayerError", "LayerVariance", "Ranks", "Spectrum"]
+__all__ = ["Analysis", "Compression", "LayerVariance", "Ranks", "Spectrum", "SqueezedLayer"]
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """The singular values of one layer's effective update, largest first.
 
-    `singular_values` has at most min(source_rank, out_features, in_features) entries.
+    `rank` is that of the stored factors; there are min(rank, out_features, in_features) values.
     """
 
     name: str
     out_features: int
     in_features: int
-    source_rank: int
+    rank: int
     singular_values: tuple[float, ...]
 
     @cached_property
@@ -98,7 +98,7 @@ class Analysis:
         return tuple(
             LayerVariance(
                 name=spectrum.name,
-                source_rank=spectrum.source_rank,
+                source_rank=spectrum.rank,
                 singular_values=spectrum.singular_values,
                 variance_at_rank={rank: spectrum.retained_variance(rank) for rank in self.target_ranks},
             )
@@ -106,6 +106,7 @@ class Analysis:
         )
 
     def to_json(self) -> str:
+        """All fields; `from_json` reads them back."""
         return _to_json(self)
 
     @classmethod
@@ -115,9 +116,7 @@ class Analysis:
         try:
             for curve in ("mean_variance", "min_variance", "max_variance", "energy_variance"):
                 fields[curve] = {int(rank): float(value) for rank, value in fields[curve].items()}
-            fields["spectra"] = tuple(
-                Spectrum(**{**one, "singular_values": tuple(one["singular_values"])}) for one in fields["spectra"]
-            )
+            fields["spectra"] = tuple(_spectrum(one) for one in fields["spectra"])
             fields["target_ranks"] = tuple(fields["target_ranks"])
             fields["notes"] = tuple(fields["notes"])
             return cls(**fields)
@@ -134,9 +133,11 @@ class Ranks:
 
     @property
     def largest(self) -> int:
+        """The largest rank of any layer."""
         return max(self.by_layer.values(), default=0)
 
     def to_json(self) -> str:
+        """All fields; `from_json` reads them back."""
         return _to_json(self)
 
     @classmethod
@@ -150,16 +151,11 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class LayerError:
-    """What was lost in one layer: ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, and the energy it is relative to.
+class SqueezedLayer:
+    """What was lost in one layer: ‖ΔW − ΔW'‖_F / ‖ΔW‖_F, the rounding to the written dtype included."""
 
-    `energy` is ‖ΔW‖_F² (effective); `relative_error` includes the rounding to the written dtype.
-    """
-
-    name: str
-    source_rank: int
+    spectrum: Spectrum
     rank: int
-    energy: float
     relative_error: float
 
 
@@ -170,18 +166,23 @@ class Compression:
     source: str
     output: str
     policy: str
-    layers: tuple[LayerError, ...]
+    layers: tuple[SqueezedLayer, ...]
     bytes_before: int
     bytes_after: int
     parameters_before: int
     parameters_after: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """Of the source, before it was squeezed."""
+        return tuple(layer.spectrum for layer in self.layers)
+
     @cached_property
     def relative_error(self) -> float:
         """‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all layers together."""
-        energy = sum(layer.energy for layer in self.layers)
-        lost = sum(layer.energy * layer.relative_error**2 for layer in self.layers)
+        energy = sum(layer.spectrum.energy for layer in self.layers)
+        lost = sum(layer.spectrum.energy * layer.relative_error**2 for layer in self.layers)
         return (lost / energy) ** 0.5 if energy > 0 else 0.0
 
     @property
@@ -190,7 +191,8 @@ class Compression:
         return 1.0 - self.relative_error**2
 
     @property
-    def worst_layer(self) -> LayerError:
+    def worst_layer(self) -> SqueezedLayer:
+        """The layer with the largest relative error."""
         return max(self.layers, key=lambda layer: layer.relative_error)
 
     @property
@@ -199,7 +201,13 @@ class Compression:
         return max(layer.rank for layer in self.layers)
 
     def to_json(self) -> str:
+        """All fields, and the two that are derived from them."""
         return _to_json(self, relative_error=self.relative_error, retained_variance=self.retained_variance)
+
+
+def _spectrum(fields: dict[str, Any]) -> Spectrum:
+    fields["singular_values"] = tuple(fields["singular_values"])
+    return Spectrum(**fields)
 
 
 def _to_json(record: Any, **derived: Any) -> str:

@@ -12,8 +12,9 @@ an orthogonal factor (out×r) is ever formed.
 
 Four routes lead there and agree:
 
-    gram        the two second-moment matrices in float64 and their Cholesky factors; a pair whose
-                Grams are too ill-conditioned for that takes the `qr` route by itself
+    gram        the two second moments in float64, and the eigenvectors of L_A^T up^T up L_A = V S² V^T;
+                squaring costs digits in the tail, so a layer whose spectrum or factors are too
+                ill-conditioned for that takes the `qr` route by itself
     qr          triangular factors of QR in float64: Algorithm 2 of the paper
     randomized  Algorithm 1 of the paper on ΔW as an operator: oversampling 10, 2 power iterations
     dense       the singular value decomposition of ΔW in float64: the reference
@@ -23,6 +24,7 @@ Shapes below: m = out_features, n = in_features, r = source rank, q = min(r, m, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,20 +34,23 @@ from torch import Tensor
 from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.errors import AdapterError
 
-__all__ = ["METHODS", "Basis", "basis", "relative_error", "singular_values", "truncate"]
+__all__ = ["METHODS", "Basis", "Truncation", "basis", "singular_values", "truncate"]
 
 OVERSAMPLING = 10  # k_o of Algorithm 1
 POWER_ITERATIONS = 2  # k_q of Algorithm 1
 
 # Singular values below this fraction of ‖up‖‖down‖ (or of the largest) are rounding noise.
 _NOISE = 1e-12
-# A Gram matrix squares the condition number. Beyond this one of its root (Frobenius, after scaling
-# the diagonal to one) float64 no longer gives seven digits of every singular value.
-_GRAM_CONDITION = 1e5
+# The condition number (Frobenius, unit diagonal) of L_A, and the spread σ_q²/σ_1², up to which the
+# second moments still give eight digits of every singular value.
+_GRAM_CONDITION = 1e4
+_GRAM_SPREAD = 1e-8
 # float32 products lose digits where the terms of up @ P are larger than their sum. Half-precision
 # factors are rounded far more coarsely than that, up to this growth.
 _FLOAT32_GROWTH = 256.0
-_ROWS = 1024  # rows that are converted to float64 at a time: 512 KiB at rank 64, within the cache
+# What is converted at a time, to stay within the cache: 512 KiB and 1 MiB at rank 64.
+_ROWS = 1024  # to float64
+_COLUMNS = 4096  # to float32
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,14 @@ class Basis:
     q: Tensor  # (q, r) float64; rows of dead directions are zero
     numerical_rank: int
     growth: Tensor  # (q,) largest size of the terms of up @ p and q @ down relative to their sums
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A layer of lower rank, and ‖ΔW − ΔW'‖_F / ‖ΔW‖_F with its rounding included."""
+
+    layer: LoraLayer
+    relative_error: float  # NaN or infinite if the result overflows its dtype
 
 
 def basis(
@@ -73,11 +86,9 @@ def basis(
     Raises AdapterError, naming the tensor, if a factor holds NaN or infinity.
     """
     up, down = layer.up.to(device), layer.down.to(device)
-    if rank is None:
-        rank = min(down.shape[0], up.shape[0], down.shape[1])
     try:
         if method == "randomized":
-            return _randomized(up, down, rank=rank, seed=seed)
+            return _randomized(up, down, rank=rank or down.shape[0], seed=seed)
         return _ROUTES[method](up, down)
     except _NotFinite:
         culprits = [key for key, factor in (("down", down), ("up", up)) if not torch.isfinite(factor).all()]
@@ -93,43 +104,55 @@ def singular_values(layer: LoraLayer, found: Basis) -> tuple[float, ...]:
     return tuple((found.singular_values * abs(layer.scale)).tolist())
 
 
-def truncate(layer: LoraLayer, found: Basis, rank: int) -> LoraLayer:
-    """The best approximation of ΔW of at most this rank, balanced, in the same scale.
+def truncate(
+    layer: LoraLayer,
+    found: Basis,
+    rank: int,
+    *,
+    scale: float | None = None,
+    down_dtype: torch.dtype | None = None,
+    up_dtype: torch.dtype | None = None,
+) -> Truncation:
+    """The best approximation of ΔW of at most this rank, balanced, and what it loses.
 
-    Returns factors (out, rank) and (rank, in) in float32 or float64, not yet rounded to the dtype
-    they will be stored in. Directions beyond the numerical rank come out with a zero column in
-    `up` and, where the source has one to offer, a non-zero row in `down`: they change nothing,
-    but can learn again if training goes on.
+    scale
+        of the result (default: the layer's own); the update stays the same, the factors share the
+        difference.
+    down_dtype, up_dtype
+        of the result (default: float32 or float64, whichever it was computed in). Every number is
+        rounded once.
+
+    Directions beyond the numerical rank come out with a zero column in `up` and, where the source
+    has one to offer, a non-zero row in `down`: they change nothing, but can learn again if training
+    goes on.
     """
+    scale = layer.scale if scale is None else scale
+    ratio = layer.scale / scale if scale else 1.0
+    half = abs(ratio) ** 0.5
     kept = min(rank, found.numerical_rank)
-    p, q = found.p[:, :rank], found.q[:rank]
+    p, q = found.p[:, :rank] * half, found.q[:rank] * half
     if kept < rank:
-        q = torch.cat([q[:kept], _idle_rows(layer, found, rank - kept)])
         p = torch.cat([p[:, :kept], p.new_zeros(p.shape[0], rank - kept)], dim=1)
+        q = torch.cat([q[:kept], _idle_rows(layer, found, rank - kept)])
     halves = layer.up.element_size() <= 2 and layer.down.element_size() <= 2
     safe = kept == 0 or float(found.growth[:kept].max()) <= _FLOAT32_GROWTH
     exact = torch.float32 if halves and safe else torch.float64
-    up = layer.up.to(p.device, exact) @ p.to(exact)
-    down = q.to(exact) @ layer.down.to(p.device, exact)
-    return LoraLayer(name=layer.name, down=down, up=up, scale=layer.scale)
-
-
-def relative_error(source: LoraLayer, approximation: LoraLayer, *, energy: float) -> float:
-    """‖ΔW − ΔW'‖_F / ‖ΔW‖_F from the factors alone, good to 1e-7 of ‖ΔW‖_F.
-
-    `energy` is ‖ΔW‖_F² of the source, scale included. Expands the norm of the difference into
-    r×r products in float64; neither update is formed.
-    """
-    if energy <= 0:
-        return 0.0
-    scale = approximation.scale
-    cross_up = _product_over_rows(source.up, approximation.up)
-    cross_down = _product_over_rows(source.down.T, approximation.down.T)
-    own_up = _product_over_rows(approximation.up, approximation.up)
-    own_down = _product_over_rows(approximation.down.T, approximation.down.T)
-    overlap = source.scale * scale * float((cross_up * cross_down).sum())
-    own = scale * scale * float((own_up * own_down).sum())
-    return float(max(energy + own - 2 * overlap, 0.0) / energy) ** 0.5
+    up, up_noise, up_cross = _project(layer.up.T, (p.T if ratio >= 0 else -p.T).to(exact), up_dtype or exact)
+    down, down_noise, down_cross = _project(layer.down, q.to(exact), down_dtype or exact)
+    # With X = up P, Y = Q down and their rounding errors x and y, X^T X = Y Y^T = S and
+    # ‖(X + x)(Y + y) - X Y‖² = ‖x (Y + y) + X y‖²: k×k numbers that suffer no cancellation. What was
+    # cut off is orthogonal to X and to Y, so the two losses add up as squares.
+    values = torch.zeros(rank, dtype=torch.float64, device=p.device)
+    values[:kept] = found.singular_values[:kept] * abs(ratio)
+    rounding = (up_noise * (torch.diag(values) + down_cross + down_cross.T + down_noise)).sum()
+    rounding += (values * down_noise.diagonal()).sum() + 2 * (up_cross.T * (down_cross + down_noise)).sum()
+    cut = found.singular_values[kept:].square().sum() * layer.scale**2
+    energy = found.singular_values.square().sum() * layer.scale**2
+    lost = float(cut + rounding * scale**2)
+    return Truncation(
+        layer=LoraLayer(name=layer.name, down=down, up=up.T, scale=scale),
+        relative_error=math.sqrt(max(lost, 0.0) / float(energy)) if energy > 0 else 0.0,
+    )
 
 
 class _NotFinite(ArithmeticError):
@@ -137,11 +160,25 @@ class _NotFinite(ArithmeticError):
 
 
 def _gram(up: Tensor, down: Tensor) -> Basis:
-    root_up = _cholesky_root(_product_over_rows(up, up))
-    root_down = _cholesky_root(_product_over_rows(down.T, down.T))
-    if root_up is None or root_down is None:
+    moment_up, moment_down = _second_moment(up), _second_moment(down.T)
+    _check_finite(moment_up)
+    _check_finite(moment_down)
+    root = _cholesky_root(moment_down)
+    if root is None:
         return _qr(up, down)
-    return _from_roots(root_up, root_down, size=min(*up.shape, down.shape[1]))
+    half = moment_up @ root
+    squares, vectors = torch.linalg.eigh(root.T @ half)
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    if not bool(squares[-1] > _GRAM_SPREAD * squares[0]):
+        return _qr(up, down)
+    values = squares.sqrt()
+    return _from_coordinates(
+        root @ vectors,
+        (half @ (vectors / values)).T,
+        values,
+        moment_up.diagonal().sqrt(),
+        moment_down.diagonal().sqrt(),
+    )
 
 
 def _qr(up: Tensor, down: Tensor) -> Basis:
@@ -202,9 +239,7 @@ def _from_roots(root_up: Tensor, root_down: Tensor, *, size: int) -> Basis:
     )
 
 
-def _from_coordinates(
-    right: Tensor, left: Tensor, values: Tensor, up_norms: Tensor, down_norms: Tensor
-) -> Basis:
+def _from_coordinates(right: Tensor, left: Tensor, values: Tensor, up_norms: Tensor, down_norms: Tensor) -> Basis:
     """P = right · S^-½ and Q = S^-½ · left, with the directions that are only noise set to zero.
 
     right: L_A V (r, q); left: U^T L_B^T (q, r); up_norms: of up's columns (r,); down_norms: of
@@ -225,19 +260,17 @@ def _from_coordinates(
     )
 
 
-def _cholesky_root(gram: Tensor) -> Tensor | None:
-    """L with gram = L L^T, or None where float64 Grams are not good enough (or not definite)."""
-    _check_finite(gram)
-    norms = gram.diagonal().sqrt()
-    if not bool((norms > 0).all()):
+def _cholesky_root(moment: Tensor) -> Tensor | None:
+    """L with moment = L L^T, or None where it is singular or too close to it."""
+    norms = moment.diagonal().sqrt()
+    # With a unit diagonal, rows that differ only in size (as after an SVD) are no difficulty.
+    # A zero row divides to NaN, which the factorisation reports as a failure.
+    factor, failed = torch.linalg.cholesky_ex(moment / (norms[:, None] * norms))
+    if bool(failed):
         return None
-    # With a unit diagonal, columns that differ only in size (as after an SVD) are no difficulty.
-    factor, failed = torch.linalg.cholesky_ex(gram / (norms[:, None] * norms))
-    if int(failed) != 0:
-        return None
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    if float(factor.norm() * inverse.norm()) > _GRAM_CONDITION:
+    if not float(factor.norm() * inverse.norm()) <= _GRAM_CONDITION:
         return None
     return norms[:, None] * factor
 
@@ -253,13 +286,37 @@ def _triangular_root(tall: Tensor) -> Tensor:
     return triangle.T
 
 
-def _product_over_rows(left: Tensor, right: Tensor) -> Tensor:
-    """left^T @ right in float64, converting a block of rows at a time: (a, b)."""
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
-    for rows, others in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+def _second_moment(tall: Tensor) -> Tensor:
+    """tall^T @ tall in float64, converting a block of rows at a time: (rows, r) → (r, r)."""
+    total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for rows in tall.split(_ROWS):
         converted = rows.double()
-        total.addmm_(converted.T, converted if left is right else others.double())
+        total.addmm_(converted.T, converted)
     return total
+
+
+def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Round X = projection @ wide to dtype, a block of columns at a time, in the projection's precision.
+
+    wide: (r, n); projection: (k, r). Returns the rounded X (k, n), laid out as `wide` is, and, with
+    x its rounding errors, x x^T and X x^T (k, k) in float64.
+    """
+    exact, height = projection.dtype, projection.shape[0]
+    if wide.is_contiguous():
+        result = torch.empty(height, wide.shape[1], dtype=dtype)
+    else:
+        result = torch.empty(wide.shape[1], height, dtype=dtype).T
+    noise, cross = (torch.zeros(height, height, dtype=exact, device=projection.device) for _ in range(2))
+    for columns, target in zip(wide.split(_COLUMNS, 1), result.split(_COLUMNS, 1), strict=True):
+        block = columns.to(projection.device, exact)
+        # A product of transposes keeps the layout of the transposed factor.
+        product = projection @ block if wide.is_contiguous() else (block.T @ projection.T).T
+        target.copy_(product)
+        if dtype is not exact:
+            error = target.to(product.device, exact) - product
+            noise.addmm_(error, error.T)
+            cross.addmm_(product, error.T)
+    return result, noise.double(), cross.double()
 
 
 def _idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
@@ -267,7 +324,7 @@ def _idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
     rank = found.p.shape[0]
     kept = found.numerical_rank
     rest = torch.eye(rank, dtype=torch.float64, device=found.p.device) - found.p[:, :kept] @ found.q[:kept]
-    gram = rest @ _product_over_rows(layer.down.T, layer.down.T).to(rest.device) @ rest.T
+    gram = rest @ _second_moment(layer.down.T).to(rest.device) @ rest.T
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
     return vectors.T @ rest
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.analysis import analyze
 from lora_squeeze.compression import compress
 from lora_squeeze.decomposition import Decomposition, decompose
 from lora_squeeze.formats import open_adapter, save_adapter
-from lora_squeeze.formats.folder import check_output
 from lora_squeeze.policies import By, fixed
-from lora_squeeze.records import Analysis, Compression, LayerError, Ranks, Spectrum
+from lora_squeeze.records import Analysis, Compression, Ranks, SqueezedLayer
 
-__all__ = ["analyze_adapter", "compress_adapter", "squeeze", "write_squeezed"]
-
-Choose = Callable[[Sequence[Spectrum]], Ranks]
+__all__ = ["analyze_adapter", "compress_adapter", "squeeze"]
 
 
 def analyze_adapter(
@@ -70,21 +65,22 @@ def compress_adapter(
     The result is a PEFT folder; r and lora_alpha are adjusted so that the effective scale stays.
     Raises AdapterError, RankError or OutputError; nothing is left behind then.
     """
+    adapter = open_adapter(adapter_path)
     return squeeze(
-        open_adapter(adapter_path),
+        adapter,
+        fixed(adapter.layers.values(), target_rank),
         output_path,
-        partial(fixed, rank=target_rank),
-        device=device,
         dtype=dtype,
+        device=device,
         method=method,
         overwrite=overwrite,
     )
 
 
 def squeeze(
-    adapter: Adapter,
+    source: Adapter | Decomposition,
+    ranks: Ranks,
     output: str | os.PathLike[str],
-    choose: Choose,
     *,
     dtype: str | None = None,
     device: str = "cpu",
@@ -92,52 +88,35 @@ def squeeze(
     overwrite: bool = False,
     on_layer: Callable[[str], None] | None = None,
 ) -> Compression:
-    """Decompose an adapter, let `choose` turn its spectra into ranks, and write the result.
+    """Apply a plan of ranks to an adapter, save the result and report each layer's relative error.
 
+    source
+        an adapter (decomposed on the way, in one pass over the file) or its decomposition.
     on_layer
-        called twice for every layer: when it has been decomposed and when it has been squeezed.
-    """
-    check_output(Path(output), source=adapter.weights.parent if adapter.weights else None, overwrite=overwrite)
-    decomposition = decompose(adapter, method=method, device=device, on_layer=on_layer)
-    ranks = choose(decomposition.spectra)
-    return write_squeezed(
-        decomposition, ranks, output, dtype=dtype, device=device, overwrite=overwrite, on_layer=on_layer
-    )
-
-
-def write_squeezed(
-    decomposition: Decomposition,
-    ranks: Ranks,
-    output: str | os.PathLike[str],
-    *,
-    dtype: str | None = None,
-    device: str = "cpu",
-    overwrite: bool = False,
-    on_layer: Callable[[str], None] | None = None,
-) -> Compression:
-    """Apply a plan to a decomposed adapter, save it and report each layer's relative error.
+        called with each layer's name when it has been squeezed.
 
     The errors are those of the very numbers that were written: they are taken after rounding,
     and `save_adapter` checks that the disk holds the bytes they were taken from.
+    Raises AdapterError, RankError or OutputError; nothing is left behind then.
     """
-    errors: dict[str, LayerError] = {}
+    layers: dict[str, SqueezedLayer] = {}
 
-    def observe(error: LayerError) -> None:
-        errors[error.name] = error
+    def observe(layer: SqueezedLayer) -> None:
+        layers[layer.spectrum.name] = layer
         if on_layer is not None:
-            on_layer(error.name)
+            on_layer(layer.spectrum.name)
 
-    source = decomposition.adapter
-    squeezed = compress(decomposition, ranks, dtype=dtype, device=device, on_layer=observe)
+    adapter = source.adapter if isinstance(source, Decomposition) else source
+    squeezed = compress(source, ranks, dtype=dtype, device=device, method=method, on_layer=observe)
     written = save_adapter(squeezed, output, overwrite=overwrite)
     return Compression(
-        source=source.source,
+        source=adapter.source,
         output=str(output),
         policy=ranks.policy,
-        layers=tuple(errors[name] for name in source.layers),
-        bytes_before=source.weights.stat().st_size if source.weights else 0,
+        layers=tuple(layers[name] for name in adapter.layers),
+        bytes_before=adapter.weights.stat().st_size if adapter.weights else 0,
         bytes_after=written.nbytes,
-        parameters_before=source.parameters,
+        parameters_before=adapter.parameters,
         parameters_after=squeezed.parameters,
-        notes=source.notes,
+        notes=adapter.notes,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def check_output(output: Path, *, source: Path | None, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path) -> Generator[Path, None, None]:
     """Yield an empty folder beside `output` that takes its place once the block has succeeded.
 
     If the block fails, the folder is removed and whatever was at `output` stays as it was.

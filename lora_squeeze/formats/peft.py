@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lora_squeeze.formats.tensors import (
     dtype_name,
     memory_of,
     read_safetensors,
+    sha256_of_file,
     write_safetensors,
 )
 
@@ -95,19 +97,21 @@ def open_peft(path: Path) -> Adapter:
         metadata=tensors.metadata,
         files=files,
         weights=tensors.path,
+        sha256=cache(lambda: sha256_of_file(tensors.path)),
         notes=tuple(_notes(config, tensors.path, left_behind)),
     )
 
 
-def write_peft(adapter: Adapter, folder: Path) -> tuple[Path, str]:
-    """Write configuration and tensors into an empty folder; return the weights and their SHA-256."""
+def write_peft(adapter: Adapter, folder: Path) -> Path:
+    """Write configuration and tensors into an empty folder; return the file of the weights."""
     config = _config_for(adapter)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     blocks = [_layer_block(spec, adapter.load) for spec in adapter.layers.values()]
     blocks += [_pass_through_block(tensor) for tensor in adapter.pass_through]
-    digest = write_safetensors(folder / WEIGHTS, blocks, {**adapter.metadata, "format": "pt"})
-    return folder / WEIGHTS, digest
+    metadata = {**adapter.metadata, "format": "pt"}
+    write_safetensors(folder / WEIGHTS, blocks, metadata, late_metadata=adapter.late_metadata)
+    return folder / WEIGHTS
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -241,7 +245,7 @@ def _pair(tensors: SafetensorsFile | _PickledFile, path: Path) -> tuple[dict[str
             continue
         name = (match["module"] or match["embedding"]).removeprefix(PREFIX)
         pairs.setdefault(name, {})[match["factor"] or match["side"]] = key
-    for name, pair in pairs.items():
+    for pair in pairs.values():
         if len(pair) < 2:
             (present,) = pair.values()
             absent = "lora_B" if "A" in pair else "lora_A"

@@ -8,11 +8,13 @@ that shrinks while it is read gives an error instead of a bus error.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,23 +149,47 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     )
 
 
-def write_safetensors(path: Path, blocks: Sequence[Block], metadata: Mapping[str, str]) -> str:
-    """Write a new file block by block, fsync it, and return its SHA-256 as it was written.
+def write_safetensors(
+    path: Path,
+    blocks: Sequence[Block],
+    metadata: Mapping[str, str],
+    *,
+    late_metadata: Callable[[], Mapping[str, str]] | None = None,
+) -> None:
+    """Write a new file block by block, fsync it, and check that the disk holds what was written.
 
-    The header is known before the first tensor is made, so no more than a few blocks are in
-    memory. Raises OutputError if the disk is full or the path cannot be written.
+    The header is known before the first tensor is made, so no more than a few blocks are in memory.
+    late_metadata
+        asked when all tensors are written; its values replace those in `metadata`, which must have
+        the same length.
+
+    Raises OutputError if the path cannot be written, the disk is full or what is read back differs.
     """
-    digest = hashlib.sha256()
+    # Wide dtypes first, as safetensors itself does it, so that every tensor is aligned.
+    blocks = sorted(blocks, key=lambda block: -max(_item_size(spec) for spec in block.specs))
+    specs = [spec for block in blocks for spec in block.specs]
+    header = _header(specs, metadata)
+    checksum = 0
     try:
         with path.open("xb") as file:
-            for piece in _pieces(blocks, metadata):
-                digest.update(piece)
+            file.write(header)
+            for piece in _pieces(blocks):
+                checksum = zlib.crc32(piece, checksum)
                 file.write(piece)
+            if late_metadata is not None:
+                final = _header(specs, {**metadata, **late_metadata()})
+                assert len(final) == len(header), "late metadata must be as long as what it replaces"
+                file.seek(0)
+                file.write(header := final)
             file.flush()
             os.fsync(file.fileno())
+        written = _read_in_chunks(path, first=len(header))
+        same_header = bytes(next(written)) == header
+        intact = same_header and functools.reduce(lambda sum, piece: zlib.crc32(piece, sum), written, 0) == checksum
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    return digest.hexdigest()
+    if not intact:
+        raise OutputError(f"{path}: what was read back is not what was written; is the disk failing?")
 
 
 def safetensors_size(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> int:
@@ -175,33 +201,45 @@ def safetensors_size(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's content, as `sha256sum` prints it. Raises AdapterError if unreadable."""
     digest = hashlib.sha256()
-    chunk = memoryview(bytearray(_CHUNK))
     try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(chunk):
-                digest.update(chunk[:count])
+        for piece in _read_in_chunks(path):
+            digest.update(piece)
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
-def _pieces(blocks: Sequence[Block], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    # Wide dtypes first, as safetensors itself does it, so that every tensor is aligned.
-    blocks = sorted(blocks, key=lambda block: -max(_item_size(spec) for spec in block.specs))
-    yield _header([spec for block in blocks for spec in block.specs], metadata)
-    for block, tensors in zip(blocks, ordered_map(lambda block: block.make(), blocks), strict=True):
+def _read_in_chunks(path: Path, *, first: int = _CHUNK) -> Iterator[memoryview]:
+    """The content of a file, the first piece of this size, the others of a MiB at most."""
+    chunk = memoryview(bytearray(max(first, _CHUNK)))
+    with path.open("rb", buffering=0) as file:
+        wanted = first
+        while count := file.readinto(chunk[:wanted]):
+            yield chunk[:count]
+            wanted = _CHUNK
+
+
+def _pieces(blocks: Sequence[Block]) -> Iterator[bytes | memoryview]:
+    for block, tensors in zip(blocks, ordered_map(_make, blocks), strict=True):
         for spec, tensor in zip(block.specs, tensors, strict=True):
-            if isinstance(tensor, torch.Tensor):
-                contiguous = tensor.contiguous()
-                written = len(piece := memory_of(contiguous))
+            written = 0
+            for piece in _chunks_of(tensor):
+                written += len(piece)
                 yield piece
-            else:
-                written = 0
-                for chunk in tensor:
-                    written += len(chunk)
-                    yield chunk
             if written != spec.nbytes:
                 raise AssertionError(f"tensor '{spec.key}' has {written} bytes, {spec.nbytes} were announced")
+
+
+def _make(block: Block) -> Sequence[torch.Tensor | Iterator[bytes]]:
+    return block.make()
+
+
+def _chunks_of(tensor: torch.Tensor | Iterator[bytes]) -> Iterator[bytes | memoryview]:
+    if not isinstance(tensor, torch.Tensor):
+        yield from tensor
+        return
+    contiguous = tensor.contiguous()  # named, so that it outlives the view of its memory
+    yield memory_of(contiguous)
 
 
 def _item_size(spec: TensorSpec) -> int:

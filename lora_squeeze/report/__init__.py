@@ -1,0 +1,1 @@
+"""Records → something to look at. Reads numbers, computes nothing."""

@@ -1,0 +1,1 @@
+"""Benchmarks of what lora-squeeze claims; `python -m benchmarks` runs them all."""

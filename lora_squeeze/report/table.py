@@ -1,0 +1,121 @@
+"""Records as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from lora_squeeze.records import Analysis, Compression
+
+__all__ = ["analysis_table", "bytes_text", "compression_table", "layers_table"]
+
+
+def analysis_table(analysis: Analysis) -> RenderableType:
+    """What each candidate rank retains, the recommended one marked, and what to note about it."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("Rank", "Mean Var%", "Min Var%", "Max Var%", "Energy Var%", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for rank in analysis.target_ranks:
+        recommended = rank == analysis.recommended_rank
+        curves = (
+            analysis.mean_variance,
+            analysis.min_variance,
+            analysis.max_variance,
+            analysis.energy_variance,
+        )
+        table.add_row(
+            str(rank),
+            *(_percent(curve[rank]) for curve in curves),
+            "<--" if recommended else "",
+            style="bold green" if recommended else None,
+        )
+    what = "" if analysis.by == "mean" else " in every layer"
+    return Group(
+        f"Adapter: {escape(analysis.source)}",
+        f"Source rank: {analysis.source_rank}",
+        f"Layers analyzed: {len(analysis.spectra)}",
+        "",
+        table,
+        "",
+        f"Recommended rank: {analysis.recommended_rank} "
+        f"(>= {analysis.min_variance_retention:.0%} variance retained{what})",
+        *_notes(analysis.notes),
+    )
+
+
+def layers_table(analysis: Analysis) -> RenderableType:
+    """What each candidate rank retains in each layer."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("Layer", overflow="fold")
+    table.add_column("Rank", justify="right")
+    table.add_column("‖ΔW‖", justify="right")
+    for rank in analysis.target_ranks:
+        table.add_column(f"{rank}", justify="right", no_wrap=True)
+    for spectrum in analysis.spectra:
+        retained = (
+            _percent(spectrum.retained_variance(rank)) if spectrum.energy > 0 else "zero"
+            for rank in analysis.target_ranks
+        )
+        table.add_row(escape(spectrum.name), str(spectrum.rank), f"{spectrum.energy**0.5:.3g}", *retained)
+    return table
+
+
+def compression_table(compression: Compression, *, layers: bool = False) -> RenderableType:
+    """What was written, how large it is and what was lost; on request layer by layer."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    worst = compression.worst_layer
+    table.add_row("Output", escape(compression.output))
+    table.add_row("Policy", f"{compression.policy}, largest rank {compression.rank}")
+    table.add_row("Parameters", _change(compression.parameters_before, compression.parameters_after, "{:,}".format))
+    table.add_row("Weights", _change(compression.bytes_before, compression.bytes_after, bytes_text))
+    table.add_row(
+        "Retained variance",
+        f"{compression.retained_variance:.2%} over all layers (relative error {compression.relative_error:.2e})",
+    )
+    table.add_row("Worst layer", f"relative error {worst.relative_error:.2e} in {escape(worst.spectrum.name)}")
+    per_layer = [_errors_table(compression)] if layers else []
+    return Group(*per_layer, table, *_notes(compression.notes))
+
+
+def bytes_text(count: float) -> str:
+    """A size as people write it, in powers of 1000: 19.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def _errors_table(compression: Compression) -> RenderableType:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("Layer", overflow="fold")
+    for heading in ("Rank", "", "‖ΔW‖", "Relative error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in compression.layers:
+        table.add_row(
+            escape(layer.spectrum.name),
+            str(layer.spectrum.rank),
+            f"→ {layer.rank}",
+            f"{layer.spectrum.energy**0.5:.3g}",
+            f"{layer.relative_error:.2e}",
+        )
+    return table
+
+
+def _change(before: int, after: int, text: Callable[[int], str]) -> str:
+    share = f" ({after / before:.1%})" if before else ""
+    return f"{text(before)} → {text(after)}{share}"
+
+
+def _notes(notes: tuple[str, ...]) -> Iterator[str]:
+    for note in notes:
+        yield f"[yellow]Note:[/yellow] {escape(note)}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{fraction:.2%}"
