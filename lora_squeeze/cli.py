@@ -23,18 +23,11 @@ __all__ = ["main"]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class _Ranks(click.ParamType[tuple[int, ...]]):
-    """A comma-separated list of ranks."""
-
-    name = "ranks"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(one) for one in str(value).split(","))
-        except ValueError:
-            self.fail(f"'{value}' is not a list of ranks such as 4,8,16", param, ctx)
+def _parse_ranks(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(rank) for rank in text.split(",") if text)
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of ranks such as 4,8,16") from None
 
 
 class _Group(click.Group):
@@ -82,7 +75,13 @@ def main() -> None:
 @main.command("analyze")
 @click.argument("path")
 @click.option("--retain", default=0.95, help="Fraction of the variance to retain.")
-@click.option("--ranks", type=_Ranks(), default=(), help="Candidate ranks, as 4,8,16.  [default: powers of two]")
+@click.option(
+    "--ranks",
+    default="",
+    callback=_parse_ranks,
+    show_default=False,
+    help="Candidate ranks, as 4,8,16.  [default: powers of two]",
+)
 @click.option("--source-rank", default=0, help="The rank you expect; an error if the tensors say otherwise.")
 @_shared
 def analyze_command(
