@@ -69,7 +69,8 @@ class Adapter:
     """An adapter whose numbers are known and whose tensors are loaded on demand.
 
     layers
-        in file order; `load(name)` reads (or computes) the factors of one of them.
+        in file order; `load(name)` reads (or computes) the factors of one of them. `borrow(name)`
+        may do so in memory that this thread's next `borrow` uses again.
     pass_through
         tensors that are not LoRA pairs (modules_to_save, biases, DoRA magnitudes, …).
     config, metadata
@@ -88,6 +89,7 @@ class Adapter:
     format: str
     layers: Mapping[str, LayerSpec]
     load: Callable[[str], LoraLayer] = field(repr=False)
+    borrow: Callable[[str], LoraLayer] = field(repr=False)
     pass_through: tuple[PassThrough, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -62,14 +62,15 @@ def compress(
 
     decomposed = partial(basis, method=method, device=device)
 
-    def load(name: str) -> LoraLayer:
+    def squeezed(name: str, *, borrow: bool = False) -> LoraLayer:
         before, after = adapter.layers[name], layers[name]
-        layer = adapter.load(name)
+        unchanged = before == after
+        layer = adapter.borrow(name) if borrow or not unchanged else adapter.load(name)
         found = source.basis(name) if isinstance(source, Decomposition) else decomposed(layer)
-        squeezed = Truncation(layer, 0.0) if before == after else _truncated(layer, found, after)
+        result = Truncation(layer, 0.0) if unchanged else _truncated(layer, found, after, borrow=borrow)
         if on_layer is not None:
-            on_layer(SqueezedLayer(spectrum_of(before, layer, found), after.rank, squeezed.relative_error))
-        return squeezed.layer
+            on_layer(SqueezedLayer(spectrum_of(before, layer, found), after.rank, result.relative_error))
+        return result.layer
 
     # The source's hash takes as long as a third of the work, so it is taken meanwhile.
     hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
@@ -78,7 +79,8 @@ def compress(
     return replace(
         adapter,
         layers=layers,
-        load=load,
+        load=squeezed,
+        borrow=partial(squeezed, borrow=True),
         metadata={**adapter.metadata, "lora_squeeze": _provenance(ranks, "0" * 64)},
         late_metadata=lambda: {"lora_squeeze": _provenance(ranks, sha256.result() or "0" * 64)},
     )
@@ -101,7 +103,7 @@ def _shared_scale(adapter: Adapter) -> float:
     return scales.most_common(1)[0][0] if scales else 0.0
 
 
-def _truncated(layer: LoraLayer, found: Basis, spec: LayerSpec) -> Truncation:
+def _truncated(layer: LoraLayer, found: Basis, spec: LayerSpec, *, borrow: bool) -> Truncation:
     squeezed = truncate(
         layer,
         found,
@@ -109,6 +111,7 @@ def _truncated(layer: LoraLayer, found: Basis, spec: LayerSpec) -> Truncation:
         scale=spec.scale,
         down_dtype=DTYPES[spec.down_dtype],
         up_dtype=DTYPES[spec.up_dtype],
+        borrow=borrow,
     )
     if not math.isfinite(squeezed.relative_error):
         raise RankError(

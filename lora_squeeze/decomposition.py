@@ -52,7 +52,7 @@ def decompose(
     spool = _Spool()
 
     def work(name: str) -> tuple[Spectrum, Basis]:
-        layer, spec = adapter.load(name), adapter.layers[name]
+        layer, spec = adapter.borrow(name), adapter.layers[name]
         found = basis(layer, method=method, device=device, seed=seed)
         return spectrum_of(spec, layer, found), found
 

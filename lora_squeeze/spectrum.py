@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.errors import AdapterError
+from lora_squeeze.scratch import scratch, scratch_like
 
 __all__ = ["METHODS", "Basis", "Truncation", "basis", "singular_values", "truncate"]
 
@@ -48,9 +49,9 @@ _GRAM_SPREAD = 1e-8
 # float32 products lose digits where the terms of up @ P are larger than their sum. Half-precision
 # factors are rounded far more coarsely than that, up to this growth.
 _FLOAT32_GROWTH = 256.0
-# What is converted at a time, to stay within the cache: 512 KiB and 1 MiB at rank 64.
-_ROWS = 1024  # to float64
-_COLUMNS = 4096  # to float32
+# Rows of a factor that are converted at a time, to stay within the cache: 1 and 2 MiB at rank 64.
+_ROWS_OF_FLOAT64 = 2048
+_ROWS_OF_FLOAT32 = 8192
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def truncate(
     scale: float | None = None,
     down_dtype: torch.dtype | None = None,
     up_dtype: torch.dtype | None = None,
+    borrow: bool = False,
 ) -> Truncation:
     """The best approximation of ΔW of at most this rank, balanced, and what it loses.
 
@@ -121,6 +123,8 @@ def truncate(
     down_dtype, up_dtype
         of the result (default: float32 or float64, whichever it was computed in). Every number is
         rounded once.
+    borrow
+        the result may lie in memory that this thread's next `truncate` uses again.
 
     Directions beyond the numerical rank come out with a zero column in `up` and, where the source
     has one to offer, a non-zero row in `down`: they change nothing, but can learn again if training
@@ -137,8 +141,9 @@ def truncate(
     halves = layer.up.element_size() <= 2 and layer.down.element_size() <= 2
     safe = kept == 0 or float(found.growth[:kept].max()) <= _FLOAT32_GROWTH
     exact = torch.float32 if halves and safe else torch.float64
-    up, up_noise, up_cross = _project(layer.up.T, (p.T if ratio >= 0 else -p.T).to(exact), up_dtype or exact)
-    down, down_noise, down_cross = _project(layer.down, q.to(exact), down_dtype or exact)
+    q, p = q.to(exact), (p.T if ratio >= 0 else -p.T).to(exact)
+    down, down_noise, down_cross = _project(layer.down, q, down_dtype or exact, "squeezed down" if borrow else "")
+    up, up_noise, up_cross = _project(layer.up.T, p, up_dtype or exact, "squeezed up" if borrow else "")
     # With X = up P, Y = Q down and their rounding errors x and y, X^T X = Y Y^T = S and
     # ‖(X + x)(Y + y) - X Y‖² = ‖x (Y + y) + X y‖²: k×k numbers that suffer no cancellation. What was
     # cut off is orthogonal to X and to Y, so the two losses add up as squares.
@@ -161,8 +166,7 @@ class _NotFinite(ArithmeticError):
 
 def _gram(up: Tensor, down: Tensor) -> Basis:
     moment_up, moment_down = _second_moment(up), _second_moment(down.T)
-    _check_finite(moment_up)
-    _check_finite(moment_down)
+    _check_finite(moment_up.sum() + moment_down.sum())
     root = _cholesky_root(moment_down)
     if root is None:
         return _qr(up, down)
@@ -278,7 +282,7 @@ def _cholesky_root(moment: Tensor) -> Tensor | None:
 def _triangular_root(tall: Tensor) -> Tensor:
     """R^T of the QR decomposition of a (rows, r) matrix, blocks of rows at a time: (r, ≤ r)."""
     width = tall.shape[1]
-    block = max(_ROWS, 4 * width)
+    block = max(_ROWS_OF_FLOAT64, 4 * width)
     triangle = tall.new_zeros((0, width), dtype=torch.float64)
     for rows in tall.split(block):
         triangle = torch.linalg.qr(torch.cat([triangle, rows.double()]), mode="r").R
@@ -289,31 +293,32 @@ def _triangular_root(tall: Tensor) -> Tensor:
 def _second_moment(tall: Tensor) -> Tensor:
     """tall^T @ tall in float64, converting a block of rows at a time: (rows, r) → (r, r)."""
     total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
-    for rows in tall.split(_ROWS):
-        converted = rows.double()
+    for rows in tall.split(_ROWS_OF_FLOAT64):
+        converted = scratch_like("converted", rows, torch.float64, tall.device).copy_(rows)
         total.addmm_(converted.T, converted)
     return total
 
 
-def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, borrow_as: str) -> tuple[Tensor, Tensor, Tensor]:
     """Round X = projection @ wide to dtype, a block of columns at a time, in the projection's precision.
 
     wide: (r, n); projection: (k, r). Returns the rounded X (k, n), laid out as `wide` is, and, with
     x its rounding errors, x x^T and X x^T (k, k) in float64.
     """
-    exact, height = projection.dtype, projection.shape[0]
-    if wide.is_contiguous():
-        result = torch.empty(height, wide.shape[1], dtype=dtype)
-    else:
-        result = torch.empty(wide.shape[1], height, dtype=dtype).T
-    noise, cross = (torch.zeros(height, height, dtype=exact, device=projection.device) for _ in range(2))
-    for columns, target in zip(wide.split(_COLUMNS, 1), result.split(_COLUMNS, 1), strict=True):
-        block = columns.to(projection.device, exact)
-        # A product of transposes keeps the layout of the transposed factor.
-        product = projection @ block if wide.is_contiguous() else (block.T @ projection.T).T
+    exact, device, height = projection.dtype, projection.device, projection.shape[0]
+    upright = wide.stride(1) == 1
+    size = (height, wide.shape[1]) if upright else (wide.shape[1], height)
+    memory = scratch(borrow_as, size, dtype, torch.device("cpu")) if borrow_as else torch.empty(size, dtype=dtype)
+    result = memory if upright else memory.T
+    noise, cross = (torch.zeros(height, height, dtype=exact, device=device) for _ in range(2))
+    for columns, target in zip(wide.split(_ROWS_OF_FLOAT32, 1), result.split(_ROWS_OF_FLOAT32, 1), strict=True):
+        block = scratch_like("converted", columns, exact, device).copy_(columns)
+        product = scratch_like("product", target, exact, device)
+        # A product of transposes, where that is how the factors are laid out.
+        torch.mm(projection, block, out=product) if upright else torch.mm(block.T, projection.T, out=product.T)
         target.copy_(product)
         if dtype is not exact:
-            error = target.to(product.device, exact) - product
+            error = scratch_like("error", target, exact, device).copy_(target).sub_(product)
             noise.addmm_(error, error.T)
             cross.addmm_(product, error.T)
     return result, noise.double(), cross.double()

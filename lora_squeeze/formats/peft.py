@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,12 @@ def open_peft(path: Path) -> Adapter:
     rules = _Rules(config, path / CONFIG)
     layers = {name: _layer_spec(name, pair, tensors, rules) for name, pair in pairs.items()}
 
-    def load(name: str) -> LoraLayer:
+    def read(name: str, down_as: str = "", up_as: str = "") -> LoraLayer:
         spec, pair = layers[name], pairs[name]
         return LoraLayer(
             name=name,
-            down=tensors.read(pair["A"]).reshape(spec.rank, spec.in_features),
-            up=tensors.read(pair["B"]).reshape(spec.out_features, spec.rank),
+            down=tensors.read(pair["A"], borrow_as=down_as).reshape(spec.rank, spec.in_features),
+            up=tensors.read(pair["B"], borrow_as=up_as).reshape(spec.out_features, spec.rank),
             scale=spec.scale,
         )
 
@@ -91,7 +91,8 @@ def open_peft(path: Path) -> Adapter:
         source=str(path),
         format="peft",
         layers=layers,
-        load=load,
+        load=read,
+        borrow=partial(read, down_as="down", up_as="up"),
         pass_through=tuple(_pass_through(key, tensors) for key in other),
         config=config,
         metadata=tensors.metadata,
@@ -107,7 +108,7 @@ def write_peft(adapter: Adapter, folder: Path) -> Path:
     config = _config_for(adapter)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    blocks = [_layer_block(spec, adapter.load) for spec in adapter.layers.values()]
+    blocks = [_layer_block(spec, adapter.borrow) for spec in adapter.layers.values()]
     blocks += [_pass_through_block(tensor) for tensor in adapter.pass_through]
     metadata = {**adapter.metadata, "format": "pt"}
     write_safetensors(folder / WEIGHTS, blocks, metadata, late_metadata=adapter.late_metadata)
@@ -220,8 +221,8 @@ class _PickledFile:
             for key, tensor in state.items()
         }
 
-    def read(self, key: str) -> torch.Tensor:
-        return self._state[key]
+    def read(self, key: str, *, borrow_as: str = "") -> torch.Tensor:
+        return self._state[key]  # mapped from the file: there is nothing to borrow
 
     def chunks(self, key: str) -> Iterator[bytes]:
         tensor = self._state[key].contiguous()
@@ -359,7 +360,7 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _layer_block(spec: LayerSpec, load: Callable[[str], LoraLayer]) -> Block:
+def _layer_block(spec: LayerSpec, borrow: Callable[[str], LoraLayer]) -> Block:
     if spec.kind == "embedding":
         keys = [f"{PREFIX}{spec.name}.lora_embedding_{factor}" for factor in "AB"]
     else:
@@ -372,7 +373,7 @@ def _layer_block(spec: LayerSpec, load: Callable[[str], LoraLayer]) -> Block:
     )
 
     def make() -> list[torch.Tensor]:
-        layer = load(spec.name)
+        layer = borrow(spec.name)
         return [
             factor.to(DTYPES[tensor.dtype]).reshape(tensor.shape)
             for factor, tensor in zip((layer.down, layer.up), specs, strict=True)

@@ -14,17 +14,20 @@ import json
 import math
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_squeeze.errors import AdapterError, OutputError
 from lora_squeeze.parallel import ordered_map
+from lora_squeeze.scratch import scratch
 
 __all__ = [
     "DTYPES",
@@ -82,15 +85,23 @@ class SafetensorsFile:
     metadata: Mapping[str, str]
     identity: tuple[int, int, int]  # inode, size and modification time when the header was read
 
-    def read(self, key: str) -> torch.Tensor:
-        """Read one tensor. Raises AdapterError if its dtype is unknown or the file has changed."""
+    def read(self, key: str, *, borrow_as: str = "") -> torch.Tensor:
+        """Read one tensor. Raises AdapterError if its dtype is unknown or the file has changed.
+
+        borrow_as
+            a role in this thread's scratch memory, to read into that.
+        """
         spec = self.tensors[key]
         if spec.dtype not in DTYPES:
             raise AdapterError(
                 f"{self.path}: tensor '{key}' has dtype {spec.dtype}; "
                 f"LoRA factors of {', '.join(DTYPES)} can be squeezed: convert it first"
             )
-        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        dtype = DTYPES[spec.dtype]
+        if borrow_as:
+            tensor = scratch(borrow_as, spec.shape, dtype, torch.device("cpu"))
+        else:
+            tensor = torch.empty(spec.shape, dtype=dtype)
         self._read_into(key, memory_of(tensor))
         return tensor
 
@@ -169,27 +180,23 @@ def write_safetensors(
     blocks = sorted(blocks, key=lambda block: -max(_item_size(spec) for spec in block.specs))
     specs = [spec for block in blocks for spec in block.specs]
     header = _header(specs, metadata)
-    checksum = 0
+    offsets = list(accumulate((spec.nbytes for spec in specs), initial=len(header)))
+    places = dict(zip((spec.key for spec in specs), offsets, strict=False))
     try:
-        with path.open("xb") as file:
-            file.write(header)
-            for piece in _pieces(blocks):
-                checksum = zlib.crc32(piece, checksum)
-                file.write(piece)
+        with path.open("xb", buffering=0) as file:
+            write = _positional_writer(file)
+            checksums: dict[str, int] = {}
+            for one in ordered_map(lambda block: _write_block(block, places, write), blocks):
+                checksums.update(one)
             if late_metadata is not None:
                 final = _header(specs, {**metadata, **late_metadata()})
                 assert len(final) == len(header), "late metadata must be as long as what it replaces"
-                file.seek(0)
-                file.write(header := final)
-            file.flush()
+                header = final
+            write(memoryview(header), 0)
             os.fsync(file.fileno())
-        written = _read_in_chunks(path, first=len(header))
-        same_header = bytes(next(written)) == header
-        intact = same_header and functools.reduce(lambda sum, piece: zlib.crc32(piece, sum), written, 0) == checksum
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    if not intact:
-        raise OutputError(f"{path}: what was read back is not what was written; is the disk failing?")
+    _check_written(path, header, checksums)
 
 
 def safetensors_size(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> int:
@@ -201,37 +208,55 @@ def safetensors_size(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's content, as `sha256sum` prints it. Raises AdapterError if unreadable."""
     digest = hashlib.sha256()
+    chunk = memoryview(bytearray(_CHUNK))
     try:
-        for piece in _read_in_chunks(path):
-            digest.update(piece)
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(chunk):
+                digest.update(chunk[:count])
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
-def _read_in_chunks(path: Path, *, first: int = _CHUNK) -> Iterator[memoryview]:
-    """The content of a file, the first piece of this size, the others of a MiB at most."""
-    chunk = memoryview(bytearray(max(first, _CHUNK)))
-    with path.open("rb", buffering=0) as file:
-        wanted = first
-        while count := file.readinto(chunk[:wanted]):
-            yield chunk[:count]
-            wanted = _CHUNK
+def _positional_writer(file: IO[bytes]) -> Callable[[memoryview, int], None]:
+    lock = threading.Lock()
+
+    def write(data: memoryview, position: int) -> None:
+        with lock:
+            file.seek(position)
+            while len(data):
+                data = data[file.write(data) :]
+
+    return write
 
 
-def _pieces(blocks: Sequence[Block]) -> Iterator[bytes | memoryview]:
-    for block, tensors in zip(blocks, ordered_map(_make, blocks), strict=True):
-        for spec, tensor in zip(block.specs, tensors, strict=True):
-            written = 0
-            for piece in _chunks_of(tensor):
-                written += len(piece)
-                yield piece
-            if written != spec.nbytes:
-                raise AssertionError(f"tensor '{spec.key}' has {written} bytes, {spec.nbytes} were announced")
+def _write_block(block: Block, places: Mapping[str, int], write: Callable[[memoryview, int], None]) -> dict[str, int]:
+    """Make a block's tensors, write each at its place and return its CRC-32."""
+    checksums: dict[str, int] = {}
+    for spec, tensor in zip(block.specs, block.make(), strict=True):
+        position, checksum = places[spec.key], 0
+        for piece in _chunks_of(tensor):
+            checksum = zlib.crc32(piece, checksum)
+            write(memoryview(piece), position)
+            position += len(piece)
+        if position != places[spec.key] + spec.nbytes:
+            raise AssertionError(f"tensor '{spec.key}' does not have the {spec.nbytes} bytes that were announced")
+        checksums[spec.key] = checksum
+    return checksums
 
 
-def _make(block: Block) -> Sequence[torch.Tensor | Iterator[bytes]]:
-    return block.make()
+def _check_written(path: Path, header: bytes, checksums: Mapping[str, int]) -> None:
+    """Read the file back. Raises OutputError if it does not hold what was written."""
+    written = read_safetensors(path)
+    keys = ordered_map(lambda key: (key, functools.reduce(_crc32, written.chunks(key), 0)), written.tensors)
+    with path.open("rb") as file:
+        intact = file.read(len(header)) == header
+    if not intact or dict(keys) != checksums:
+        raise OutputError(f"{path}: what was read back is not what was written; is the disk failing?")
+
+
+def _crc32(checksum: int, piece: bytes) -> int:
+    return zlib.crc32(piece, checksum)
 
 
 def _chunks_of(tensor: torch.Tensor | Iterator[bytes]) -> Iterator[bytes | memoryview]:
