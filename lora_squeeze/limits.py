@@ -1,0 +1,168 @@
+"""Limits: what any policy has to respect when it chooses ranks.
+
+A pattern matches a layer as PEFT matches rank_pattern: re.match(rf"(.*\\.)?({pattern})$", name), so
+"q_proj" names every module of that name and r"layers\\.0\\..*" everything in layer 0. The first
+pattern that matches decides.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lora_squeeze.errors import RankError
+
+__all__ = ["EQUAL", "NO_LIMITS", "Group", "Limits", "Ranked", "groups"]
+
+# Named groups for `equal`: what is replaced by "*" to find the layers that belong together.
+EQUAL = {
+    "qkv": r"\b(q|k|v|to_q|to_k|to_v|query|key|value)(_proj|_lin)?\b",
+    "experts": r"\bexperts\.\d+\b",
+}
+
+
+class Ranked(Protocol):
+    """Anything that has a layer's name and rank: a spectrum, or a layer that was not decomposed."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds, steps, overrides and groups of ranks.
+
+    min_rank, max_rank
+        of every layer. A layer whose own rank is below min_rank keeps it.
+    multiple_of
+        ranks are rounded up to a multiple of this.
+    steps
+        ranks are rounded up to one of these, such as the ranks a server has kernels for.
+    rank_for
+        (pattern, rank) pairs: these layers get this rank, whatever the policy says.
+    equal
+        patterns, or names of EQUAL: layers whose names differ only in what the pattern matches get
+        the same rank, the largest that any of them needs.
+    """
+
+    min_rank: int | None = None
+    max_rank: int | None = None
+    multiple_of: int = 1
+    steps: tuple[int, ...] = ()
+    rank_for: tuple[tuple[str, int], ...] = ()
+    equal: tuple[str, ...] = ()
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that get the same rank (usually one), and the ranks they may get, ascending."""
+
+    members: tuple[int, ...]  # positions in the list of layers
+    allowed: Sequence[int]
+
+    def round_up(self, rank: int) -> int:
+        """The smallest allowed rank that is not below this one; the largest if there is none."""
+        return self.allowed[min(bisect_left(self.allowed, rank), len(self.allowed) - 1)]
+
+
+def groups(layers: Sequence[Ranked], limits: Limits, *, least: int = 0) -> list[Group]:
+    """Which layers go together and which ranks they may get, in the order of the layers.
+
+    least
+        the smallest rank where `min_rank` does not say: 0 lets a policy leave layers out.
+
+    Raises RankError for contradictions and for patterns that match no layer.
+    """
+    _check(limits)
+    overrides = [(re.compile(rf"(.*\.)?({pattern})$"), pattern, rank) for pattern, rank in limits.rank_for]
+    members: dict[str, list[int]] = {}
+    forced: dict[str, int] = {}
+    used: set[str] = set()
+    keys = _group_keys(layers, limits.equal)
+    for position, (layer, key) in enumerate(zip(layers, keys, strict=True)):
+        members.setdefault(key, []).append(position)
+        for expression, pattern, rank in overrides:
+            if expression.match(layer.name):
+                used.add(pattern)
+                if forced.setdefault(key, rank) != rank:
+                    raise RankError(
+                        f"layer '{layer.name}': rank_for asks for {rank}, but for {forced[key]} in another layer of "
+                        "its group; layers in a group get the same rank"
+                    )
+                break
+    if unused := [pattern for _, pattern, _ in overrides if pattern not in used]:
+        raise RankError(f"rank_for '{unused[0]}' matches no layer; the first layer is '{layers[0].name}'")
+    least = least if limits.min_rank is None else limits.min_rank
+    cache: dict[int, Sequence[int]] = {}
+    found: list[Group] = []
+    for key, positions in members.items():
+        own = max(layers[position].rank for position in positions)
+        if key in forced:
+            allowed: Sequence[int] = (min(forced[key], own),)
+        else:
+            allowed = cache.setdefault(own, _allowed(own, limits, least))
+        found.append(Group(tuple(positions), allowed))
+    return found
+
+
+def _check(limits: Limits) -> None:
+    for name in ("min_rank", "max_rank"):
+        value = getattr(limits, name)
+        if value is not None and value < 0:
+            raise RankError(f"{name} {value} is not possible: ranks are not negative")
+    if limits.max_rank == 0:
+        raise RankError("max_rank 0 would leave nothing of the adapter")
+    if limits.min_rank is not None and limits.max_rank is not None and limits.min_rank > limits.max_rank:
+        raise RankError(f"min_rank {limits.min_rank} is above max_rank {limits.max_rank}")
+    if limits.multiple_of < 1:
+        raise RankError(f"multiple_of {limits.multiple_of} is not possible: it is at least 1")
+    if limits.max_rank is not None and limits.multiple_of > limits.max_rank:
+        raise RankError(f"multiple_of {limits.multiple_of} is above max_rank {limits.max_rank}")
+    if limits.steps and min(limits.steps) < 1:
+        raise RankError(f"step {min(limits.steps)} is not possible: steps are ranks of at least 1")
+    if limits.steps and limits.max_rank is not None and min(limits.steps) > limits.max_rank:
+        raise RankError(f"all steps are above max_rank {limits.max_rank}")
+    for pattern, rank in limits.rank_for:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RankError(f"rank_for '{pattern}' is not a regular expression: {error}") from error
+        if rank < 0 or (limits.max_rank is not None and rank > limits.max_rank):
+            raise RankError(f"rank_for '{pattern}={rank}' contradicts the limits: 0 to max_rank {limits.max_rank}")
+
+
+def _group_keys(layers: Sequence[Ranked], equal: Iterable[str]) -> list[str]:
+    keys = [layer.name for layer in layers]
+    for pattern in equal:
+        try:
+            expression = re.compile(EQUAL.get(pattern, pattern))
+        except re.error as error:
+            raise RankError(f"equal '{pattern}' is not a regular expression: {error}") from error
+        replaced = [expression.sub("*", key) for key in keys]
+        if replaced == keys:
+            raise RankError(f"equal '{pattern}' matches no layer; the first layer is '{layers[0].name}'")
+        keys = replaced
+    return keys
+
+
+def _allowed(own: int, limits: Limits, least: int) -> Sequence[int]:
+    """The ranks a layer of this rank may get. Its own rank is always one: rounding up stops there."""
+    top = own if limits.max_rank is None else min(own, limits.max_rank)
+    bottom = min(least, top)
+    if limits.multiple_of == 1 and not limits.steps:
+        return range(bottom, top + 1)
+    candidates = limits.steps or range(limits.multiple_of, top + 1, limits.multiple_of)
+    fitting = sorted(rank for rank in set(candidates) if bottom <= rank <= top and rank % limits.multiple_of == 0)
+    if own <= top and (not fitting or fitting[-1] < own):
+        fitting.append(own)
+    if not fitting:
+        raise RankError(f"no rank between {bottom} and {top} is among the steps {list(limits.steps)}")
+    return ([0] if bottom == 0 else []) + fitting
