@@ -180,6 +180,21 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, PeftLoraLayer]]:
             yield name.removeprefix(PREFIX), module
 
 
+def scales(base: Base, folder: Path) -> dict[str, float]:
+    """Module name → the scale that PEFT gives it."""
+    return {name: module.scaling["default"] for name, module in lora_modules(load(base, folder))}
+
+
+def ranks(base: Base, folder: Path) -> dict[str, int]:
+    """Module name → the rank that PEFT gives it."""
+    return {name: module.r["default"] for name, module in lora_modules(load(base, folder))}
+
+
+def updates(base: Base, folder: Path) -> dict[str, Tensor]:
+    """Module name → scale · B · A as PEFT applies it, dense and in float64."""
+    return {name: update(module) for name, module in lora_modules(load(base, folder))}
+
+
 def factors(module: PeftLoraLayer) -> tuple[Tensor, Tensor]:
     """The parameters lora_A and lora_B of a module, as they are."""
     if module.lora_embedding_A:
@@ -204,7 +219,7 @@ def truncate_in_place(model: PeftModel, rank: int) -> PeftModel:
     for _, module in lora_modules(model):
         down, up = factors(module)
         u, s, vh = torch.linalg.svd(up.double().flatten(1) @ down.double().flatten(1), full_matrices=False)
-        kept = min(rank, len(s))
+        kept = min(rank, len(s), len(down))
         new_up, new_down = torch.zeros_like(up.flatten(1)), torch.zeros_like(down.flatten(1))
         new_up[:, :kept], new_down[:kept] = u[:, :kept] * s[:kept], vh[:kept]
         up.copy_(new_up.reshape(up.shape))

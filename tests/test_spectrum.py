@@ -21,8 +21,8 @@ SHAPES = {  # out, in, rank
     "rank above out": (6, 30, 9),
     "rank one": (20, 30, 1),
     "one by one": (1, 1, 1),
-    "very tall": (5000, 9, 4),
-    "very wide": (9, 5000, 4),
+    "very tall": (20000, 9, 4),
+    "very wide": (9, 20000, 4),
 }
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 HALVES = [torch.float16, torch.bfloat16]
