@@ -81,6 +81,8 @@ class Adapter:
         what is only known once all layers have been computed; replaces entries of `metadata`.
     weights, sha256
         the file that holds the source's tensors, if there is one, and (asked for) its SHA-256.
+    left_out
+        modules that a policy gave rank 0: they are adapted no more.
     notes
         what the user should know about this adapter.
     """
@@ -97,6 +99,7 @@ class Adapter:
     late_metadata: Callable[[], Mapping[str, str]] | None = field(default=None, repr=False)
     weights: Path | None = None
     sha256: Callable[[], str] = field(default=str, repr=False)
+    left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

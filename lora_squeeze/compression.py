@@ -8,17 +8,20 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
 from lora_squeeze.decomposition import Decomposition, spectrum_of
 from lora_squeeze.errors import RankError
+from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES
+from lora_squeeze.policies import Cost
 from lora_squeeze.records import Ranks, SqueezedLayer
+from lora_squeeze.serving import fit
 from lora_squeeze.spectrum import Basis, Truncation, basis, truncate
 from lora_squeeze.version import __version__
 
-__all__ = ["compress"]
+__all__ = ["compress", "file_cost"]
 
 
 def compress(
@@ -35,7 +38,8 @@ def compress(
     source
         an adapter (each layer is decomposed on the way) or its decomposition (that is used).
     ranks
-        one for every layer, none above the layer's own; a layer that keeps its rank keeps its bits.
+        one for every layer, none above the layer's own; a layer that keeps its rank keeps its bits,
+        and a layer of rank 0 is left out.
     dtype
         of the new factors, in safetensors' spelling; default: each as it was.
     on_layer
@@ -58,11 +62,15 @@ def compress(
             up_dtype=dtype or spec.up_dtype,
         )
         for name, spec in adapter.layers.items()
+        if ranks.by_layer[name] > 0
     }
-
+    # The source's hash takes as long as a good part of the work, so it is taken meanwhile.
+    hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
+    sha256 = cache(lambda: hasher.submit(adapter.sha256))
     decomposed = partial(basis, method=method, device=device)
 
     def squeezed(name: str, *, borrow: bool = False) -> LoraLayer:
+        sha256()
         before, after = adapter.layers[name], layers[name]
         unchanged = before == after
         layer = adapter.borrow(name) if borrow or not unchanged else adapter.load(name)
@@ -72,18 +80,28 @@ def compress(
             on_layer(SqueezedLayer(spectrum_of(before, layer, found), after.rank, result.relative_error))
         return result.layer
 
-    # The source's hash takes as long as a third of the work, so it is taken meanwhile.
-    hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
-    sha256 = hasher.submit(adapter.sha256)
-    hasher.shutdown(wait=False)
     return replace(
         adapter,
         layers=layers,
         load=squeezed,
         borrow=partial(squeezed, borrow=True),
         metadata={**adapter.metadata, "lora_squeeze": _provenance(ranks, "0" * 64)},
-        late_metadata=lambda: {"lora_squeeze": _provenance(ranks, sha256.result() or "0" * 64)},
+        late_metadata=lambda: {"lora_squeeze": _provenance(ranks, sha256().result() or "0" * 64)},
+        left_out=(*adapter.left_out, *(name for name in adapter.layers if name not in layers)),
     )
+
+
+def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "peft") -> Cost:
+    """What files made of this adapter cost, for `policies.size`: nothing is computed for it."""
+
+    def component_bytes(spec: LayerSpec) -> int:
+        down, up = DTYPES[dtype or spec.down_dtype], DTYPES[dtype or spec.up_dtype]
+        return spec.in_features * down.itemsize + spec.out_features * up.itemsize
+
+    def file_size(ranks: Ranks) -> int:
+        return weights_size(fit(compress(adapter, ranks, dtype=dtype), runtime))
+
+    return Cost({name: component_bytes(spec) for name, spec in adapter.layers.items()}, file_size)
 
 
 def _check_plan(adapter: Adapter, ranks: Ranks) -> None:
@@ -92,10 +110,21 @@ def _check_plan(adapter: Adapter, ranks: Ranks) -> None:
     if unknown or missing:
         first = f"'{unknown[0]}' is not in it" if unknown else f"'{missing[0]}' has no rank"
         raise RankError(f"these ranks are not for {adapter.source}: layer {first}; make a plan for this adapter")
+    companions = {_module_of(tensor.key): tensor.key for tensor in adapter.pass_through if ".lora_" in tensor.key}
     for name, rank in ranks.by_layer.items():
         own = adapter.layers[name].rank
-        if not 1 <= rank <= own:
-            raise RankError(f"layer '{name}': rank {rank} is not between 1 and its own rank {own}")
+        if not 0 <= rank <= own:
+            raise RankError(f"layer '{name}': rank {rank} is not between 0 and its own rank {own}")
+        if rank == 0 and name in companions:
+            raise RankError(
+                f"layer '{name}' cannot be left out, as '{companions[name]}' would be lost; set a min_rank of 1"
+            )
+    if not any(ranks.by_layer.values()):
+        raise RankError("every layer has rank 0: that would leave nothing of the adapter")
+
+
+def _module_of(key: str) -> str:
+    return key.rpartition(".lora_")[0].removeprefix("base_model.model.")
 
 
 def _shared_scale(adapter: Adapter) -> float:

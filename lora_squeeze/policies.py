@@ -220,9 +220,9 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
         ranks = most_energy(spectra, found, lambda s: cost.component_bytes[s.name], bytes_for_factors)
         return _planned(f"size={budget}", spectra, found, ranks)
 
-    smallest = _planned("", spectra, found, [group.allowed[0] for group in found])
+    smallest = _planned(f"size={budget}", spectra, found, _smallest(spectra, found, cost))
     if (least := cost.file_size(smallest)) > budget:
-        raise RankError(f"a file of {budget} bytes is not possible: the smallest ranks allowed take {least}")
+        raise RankError(f"size={budget} is not possible: the smallest ranks allowed make a file of {least} bytes")
     # The header grows with the layers that are kept, so its size is known only with the plan.
     available = budget
     while True:
@@ -301,6 +301,16 @@ def candidate_ranks(source_rank: int, given: Iterable[int] = ()) -> tuple[int, .
 def retention_curve(spectra: Iterable[Spectrum], rank: int) -> list[float]:
     """V(rank) of every layer that is not exactly zero; [1.0] if there is none."""
     return [s.retained_variance(rank) for s in spectra if s.energy > 0] or [1.0]
+
+
+def _smallest(spectra: Sequence[Spectrum], found: Sequence[Group], cost: Cost) -> list[int]:
+    """The least that may be written: the smallest allowed ranks, but one component at least."""
+    ranks = [group.allowed[0] for group in found]
+    if not any(ranks):
+        prices = [sum(cost.component_bytes[spectra[m].name] for m in group.members) for group in found]
+        cheapest = min(range(len(found)), key=lambda position: found[position].round_up(1) * prices[position])
+        ranks[cheapest] = found[cheapest].round_up(1)
+    return ranks
 
 
 def _call(policy: Callable[..., Ranks], value: Any, spectra: Sequence[Spectrum], **options: Any) -> Ranks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,7 +17,16 @@ from typing import Any
 
 from lora_squeeze.errors import RankError
 
-__all__ = ["Analysis", "Compression", "LayerVariance", "Ranks", "Spectrum", "SqueezedLayer"]
+__all__ = [
+    "Analysis",
+    "Compression",
+    "LayerVariance",
+    "Outcome",
+    "Ranks",
+    "Spectrum",
+    "SqueezedLayer",
+    "outcomes_to_json",
+]
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,34 @@ class Compression:
     def to_json(self) -> str:
         """All fields, and the two that are derived from them."""
         return _to_json(self, relative_error=self.relative_error, retained_variance=self.retained_variance)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan of ranks keeps and costs, known before anything is computed.
+
+    fraction
+        of the source's parameters that was allowed, if there was such a budget.
+    energy_kept
+        Σσ² kept over all layers, a fraction; worst_layer: the smallest V(k) of any layer.
+    file_bytes
+        of the weight file, header included.
+    """
+
+    policy: str
+    fraction: float | None
+    parameters: int
+    source_parameters: int
+    energy_kept: float
+    worst_layer: float
+    largest_rank: int
+    layers_left_out: int
+    file_bytes: int
+
+
+def outcomes_to_json(outcomes: Iterable[Outcome]) -> str:
+    """A JSON list of these records."""
+    return json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1, ensure_ascii=False)
 
 
 def _spectrum(fields: dict[str, Any]) -> Spectrum:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lora_squeeze.errors import SettingsError
+from lora_squeeze.limits import Limits
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,7 +37,28 @@ class SqueezeSettings:
     by: str = "mean"  # whether the mean or the "worst" layer must retain that much
     method: str = "gram"  # gram, qr, randomized or dense
     dtype: str = ""  # of the output: f64, f32, f16 or bf16; "": as it was
+    policy: str = ""  # NAME=VALUE, how to choose ranks; "": compress_to, for all layers
+    min_rank: int = -1  # of any layer; -1: 1, for global policies 0
+    max_rank: int = 0  # of any layer; 0: no limit
+    multiple_of: int = 1  # round ranks up to a multiple of this
+    steps: list[int] = field(default_factory=list[int])  # round ranks up to one of these
+    rank_for: dict[str, int] = field(default_factory=dict[str, int])  # pattern → rank; the first match decides
+    equal: list[str] = field(default_factory=list[str])  # groups of layers with equal ranks: qkv, experts, a pattern
+    runtime: str = "peft"  # what has to load it: peft, vllm, sglang or llamacpp
+    max_lora_rank: int = 0  # what that server allows; 0: its default
     overwrite: bool = False  # replace an existing output
+
+    @property
+    def limits(self) -> Limits:
+        """min_rank … equal as the policies take them."""
+        return Limits(
+            min_rank=None if self.min_rank < 0 else self.min_rank,
+            max_rank=self.max_rank or None,
+            multiple_of=self.multiple_of,
+            steps=tuple(self.steps),
+            rank_for=tuple(self.rank_for.items()),
+            equal=tuple(self.equal),
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,7 @@ class Settings:
 CHOICES = {
     "by": ("mean", "worst"),
     "method": ("gram", "qr", "randomized", "dense"),
+    "runtime": ("peft", "vllm", "sglang", "llamacpp"),
     "dtype": ("", "f64", "f32", "f16", "bf16"),
 }
 
@@ -79,6 +102,8 @@ def read_settings(path: Path) -> Settings:
     settings: Settings = _build(Settings, document, f"{path}: ")
     if not settings.squeeze.adapter_path:
         raise SettingsError(f"{path}: [squeeze] adapter_path is missing: which adapter shall be squeezed?")
+    if settings.squeeze.policy and settings.squeeze.compress_to:
+        raise SettingsError(f"{path}: [squeeze] policy and compress_to contradict each other: give one of them")
     return settings
 
 
@@ -106,6 +131,10 @@ def _value(value: Any, wanted: type[Any], place: str) -> Any:
         if not isinstance(value, list):
             raise SettingsError(f"{place} must be a list, not {value!r}")
         return [_value(one, get_args(wanted)[0], place) for one in value]
+    if get_origin(wanted) is dict:
+        if not isinstance(value, dict):
+            raise SettingsError(f"{place} must be a table of pattern = rank, not {value!r}")
+        return {key: _value(one, get_args(wanted)[1], f"{place}.'{key}'") for key, one in value.items()}
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:

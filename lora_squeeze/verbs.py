@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.analysis import analyze
-from lora_squeeze.compression import compress
+from lora_squeeze.comparison import outcome_of
+from lora_squeeze.compression import compress, file_cost
 from lora_squeeze.decomposition import Decomposition, decompose
 from lora_squeeze.formats import open_adapter, save_adapter
-from lora_squeeze.policies import By, fixed
-from lora_squeeze.records import Analysis, Compression, Ranks, SqueezedLayer
+from lora_squeeze.limits import NO_LIMITS, Limits
+from lora_squeeze.policies import By, fixed, parse_policy
+from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, SqueezedLayer
+from lora_squeeze.serving import fit, limits_for, refuse_unloadable
 
-__all__ = ["analyze_adapter", "compress_adapter", "squeeze"]
+__all__ = ["analyze_adapter", "choose_ranks", "compress_adapter", "outcome", "squeeze"]
 
 
 def analyze_adapter(
@@ -77,6 +80,43 @@ def compress_adapter(
     )
 
 
+def choose_ranks(
+    decomposition: Decomposition,
+    policy: str = "variance=0.95",
+    *,
+    by: By = "mean",
+    limits: Limits = NO_LIMITS,
+    dtype: str | None = None,
+    runtime: str = "peft",
+    max_lora_rank: int | None = None,
+) -> Ranks:
+    """Apply a policy, spelled NAME=VALUE, to a decomposed adapter.
+
+    by
+        for `variance`: whether the mean or the worst layer must reach it.
+    dtype, runtime
+        of the file that will be written: `size` needs to know.
+    runtime, max_lora_rank
+        tighten the limits to what that runtime loads.
+
+    Raises RankError for a policy that is unknown, impossible or contradicts the limits.
+    """
+    chosen = parse_policy(policy)
+    limits = limits_for(runtime, limits, max_lora_rank=max_lora_rank)
+    if chosen.name == "size":
+        cost = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
+        return chosen.choose(decomposition.spectra, limits=limits, cost=cost)
+    if chosen.name == "variance":
+        return chosen.choose(decomposition.spectra, limits=limits, by=by)
+    return chosen.choose(decomposition.spectra, limits=limits)
+
+
+def outcome(decomposition: Decomposition, ranks: Ranks, *, dtype: str | None = None, runtime: str = "peft") -> Outcome:
+    """What a plan would keep and cost; nothing is computed for it but numbers."""
+    cost = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
+    return outcome_of(decomposition.spectra, ranks, cost=cost)
+
+
 def squeeze(
     source: Adapter | Decomposition,
     ranks: Ranks,
@@ -85,6 +125,8 @@ def squeeze(
     dtype: str | None = None,
     device: str = "cpu",
     method: str = "gram",
+    runtime: str = "peft",
+    max_lora_rank: int | None = None,
     overwrite: bool = False,
     on_layer: Callable[[str], None] | None = None,
 ) -> Compression:
@@ -92,6 +134,8 @@ def squeeze(
 
     source
         an adapter (decomposed on the way, in one pass over the file) or its decomposition.
+    runtime, max_lora_rank
+        write what this runtime loads (see `lora_squeeze.serving`), or raise UnsupportedAdapter.
     on_layer
         called with each layer's name when it has been squeezed.
 
@@ -106,9 +150,16 @@ def squeeze(
         if on_layer is not None:
             on_layer(layer.spectrum.name)
 
+    if not isinstance(source, Decomposition) and 0 in ranks.by_layer.values():
+        source = decompose(source, method=method, device=device)  # what is left out is reported as well
     adapter = source.adapter if isinstance(source, Decomposition) else source
     squeezed = compress(source, ranks, dtype=dtype, device=device, method=method, on_layer=observe)
+    squeezed = fit(squeezed, runtime)
+    refuse_unloadable(squeezed, runtime, max_lora_rank=max_lora_rank)
     written = save_adapter(squeezed, output, overwrite=overwrite)
+    if isinstance(source, Decomposition):
+        for spectrum in source.spectra:
+            layers.setdefault(spectrum.name, SqueezedLayer(spectrum, 0, 1.0 if spectrum.energy > 0 else 0.0))
     return Compression(
         source=adapter.source,
         output=str(output),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_squeeze.adapter import Adapter
-from lora_squeeze.errors import AdapterError
+from lora_squeeze.errors import AdapterError, OutputError
 from lora_squeeze.formats.folder import check_output, new_folder
-from lora_squeeze.formats.peft import open_peft, sniff_peft, write_peft
+from lora_squeeze.formats.peft import open_peft, peft_size, sniff_peft, write_peft
 
-__all__ = ["Written", "open_adapter", "save_adapter"]
+__all__ = ["Written", "open_adapter", "save_adapter", "weights_size"]
 
 
 @dataclass(frozen=True)
@@ -53,5 +54,29 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
         for name, file in adapter.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
+        _check_meaning(adapter, open_peft(folder))
         size = weights.stat().st_size
     return Written(weights=output / weights.name, nbytes=size)
+
+
+def weights_size(adapter: Adapter) -> int:
+    """The exact size in bytes of the weight file that `save_adapter` would write; computes no tensor."""
+    return peft_size(adapter)
+
+
+def _check_meaning(planned: Adapter, written: Adapter) -> None:
+    """Read as PEFT reads it, the result must have the layers, ranks and scales that were planned."""
+    if written.layers.keys() != planned.layers.keys():
+        difference = sorted(written.layers.keys() ^ planned.layers.keys())
+        raise OutputError(f"layer '{difference[0]}' was not written as planned; please report this")
+    for name, spec in planned.layers.items():
+        found = written.layers[name]
+        same_shape = (found.rank, found.out_features, found.in_features) == (
+            spec.rank,
+            spec.out_features,
+            spec.in_features,
+        )
+        if not same_shape or not math.isclose(found.scale, spec.scale, rel_tol=1e-9):
+            raise OutputError(
+                f"layer '{name}' was not written as planned: {found} instead of {spec}; please report this"
+            )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from lora_squeeze.formats.tensors import (
     dtype_name,
     memory_of,
     read_safetensors,
+    safetensors_size,
     sha256_of_file,
     write_safetensors,
 )
 
-__all__ = ["open_peft", "sniff_peft", "write_peft"]
+__all__ = ["open_peft", "peft_size", "sniff_peft", "write_peft"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -108,11 +109,23 @@ def write_peft(adapter: Adapter, folder: Path) -> Path:
     config = _config_for(adapter)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    blocks = [_layer_block(spec, adapter.borrow) for spec in adapter.layers.values()]
-    blocks += [_pass_through_block(tensor) for tensor in adapter.pass_through]
-    metadata = {**adapter.metadata, "format": "pt"}
+    blocks, metadata = _blocks(adapter), _metadata(adapter)
     write_safetensors(folder / WEIGHTS, blocks, metadata, late_metadata=adapter.late_metadata)
     return folder / WEIGHTS
+
+
+def peft_size(adapter: Adapter) -> int:
+    """The exact size in bytes of the weights that `write_peft` would write; computes no tensor."""
+    return safetensors_size((spec for block in _blocks(adapter) for spec in block.specs), _metadata(adapter))
+
+
+def _blocks(adapter: Adapter) -> list[Block]:
+    layers = [_layer_block(spec, adapter.borrow) for spec in adapter.layers.values()]
+    return layers + [_pass_through_block(tensor) for tensor in adapter.pass_through]
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    return {**adapter.metadata, "format": "pt"}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -338,15 +351,57 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
     scale = max(dict.fromkeys(scales), key=scales.count)
     config["r"] = rank
     config["lora_alpha"] = _alpha(scale, rank, root=root)
-    config["rank_pattern"] = {_exactly(s.name): s.rank for s in adapter.layers.values() if s.rank != rank}
-    config["alpha_pattern"] = {
-        _exactly(s.name): _alpha(s.scale, s.rank, root=root)
-        for s in adapter.layers.values()
-        if s.rank != rank or s.scale != scale
-    }
+    differing = {s.name: s for s in adapter.layers.values() if s.rank != rank or s.scale != scale}
+    ranks = {name: spec.rank for name, spec in differing.items() if spec.rank != rank}
+    alphas = {name: _alpha(spec.scale, spec.rank, root=root) for name, spec in differing.items()}
+    config["rank_pattern"] = _patterns_for(ranks, adapter.layers)
+    config["alpha_pattern"] = _patterns_for(alphas, adapter.layers)
+    config.update(_targets_for(adapter))
     if config.get("init_lora_weights") == "orthogonal":
         config["init_lora_weights"] = True  # PEFT refuses to load an odd rank under "orthogonal"
     return config
+
+
+def _patterns_for(values: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
+    """Patterns that give exactly these layers these values, as few as their last names allow.
+
+    Where all layers of a last name (such as q_proj) have one value, that name is the pattern;
+    otherwise each layer is named in full, anchored and escaped.
+    """
+    by_last_name: dict[str, list[str]] = {}
+    for name in layers:
+        by_last_name.setdefault(name.rpartition(".")[2], []).append(name)
+    patterns: dict[str, float] = {}
+    for last_name, names in by_last_name.items():
+        own = {values.get(name) for name in names}
+        if len(own) == 1 and len(names) > 1:
+            value = own.pop()
+            if value is not None:
+                patterns[re.escape(last_name)] = value
+        else:
+            patterns.update({f"^{re.escape(name)}": values[name] for name in names if name in values})
+    return patterns
+
+
+def _targets_for(adapter: Adapter) -> dict[str, Any]:
+    """target_modules and exclude_modules such that PEFT adapts the layers kept and no others."""
+    if not adapter.left_out:
+        return {}
+    targets, excluded = adapter.config.get("target_modules"), adapter.config.get("exclude_modules")
+    left_out = list(adapter.left_out)
+    if isinstance(targets, list):
+        targets = [target for target in targets if any(_targeted(name, target) for name in adapter.layers)]
+        left_out = [name for name in left_out if any(_targeted(name, target) for target in targets)]
+    if left_out and isinstance(excluded, str):
+        excluded = "|".join((f"({excluded})", *map(re.escape, left_out)))
+    elif left_out:
+        excluded = [*(excluded or ()), *left_out]
+    return {"target_modules": targets, "exclude_modules": excluded}
+
+
+def _targeted(name: str, target: str) -> bool:
+    """PEFT's rule for lists of targets."""
+    return name == target or name.endswith(f".{target}")
 
 
 def _alpha(scale: float, rank: int, *, root: bool) -> float:
@@ -354,10 +409,6 @@ def _alpha(scale: float, rank: int, *, root: bool) -> float:
     nearest = round(alpha)
     # 16 · √64 / √16 comes out as 31.999…; but 0.125 must never become 0.
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
-
-
-def _exactly(name: str) -> str:
-    return f"^{re.escape(name)}"
 
 
 def _layer_block(spec: LayerSpec, borrow: Callable[[str], LoraLayer]) -> Block:

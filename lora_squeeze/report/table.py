@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from lora_squeeze.records import Analysis, Compression
+from lora_squeeze.records import Analysis, Compression, Outcome, Ranks
 
-__all__ = ["analysis_table", "bytes_text", "compression_table", "layers_table"]
+__all__ = ["analysis_table", "bytes_text", "comparison_table", "compression_table", "layers_table", "plan_table"]
 
 
 def analysis_table(analysis: Analysis) -> RenderableType:
@@ -80,6 +81,43 @@ def compression_table(compression: Compression, *, layers: bool = False) -> Rend
     table.add_row("Worst layer", f"relative error {worst.relative_error:.2e} in {escape(worst.spectrum.name)}")
     per_layer = [_errors_table(compression)] if layers else []
     return Group(*per_layer, table, *_notes(compression.notes))
+
+
+def plan_table(ranks: Ranks, found: Outcome) -> RenderableType:
+    """How many layers have which rank, and what the plan keeps and costs."""
+    counts = sorted(Counter(ranks.by_layer.values()).items())
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("Policy", ranks.policy)
+    table.add_row("Ranks", ", ".join(f"{rank} ({count} layers)" for rank, count in counts))
+    table.add_row("Parameters", _change(found.source_parameters, found.parameters, "{:,}".format))
+    table.add_row("Weights", bytes_text(found.file_bytes))
+    table.add_row("Energy kept", f"{_percent(found.energy_kept)} (worst layer {_percent(found.worst_layer)})")
+    return table
+
+
+def comparison_table(outcomes: Sequence[Outcome], *, source: str) -> RenderableType:
+    """Policies side by side, one table for each budget."""
+    parts: list[RenderableType] = [f"Adapter: {escape(source)}"]
+    for fraction in dict.fromkeys(one.fraction for one in outcomes):
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("Policy")
+        for heading in ("Parameters", "Energy kept", "Worst layer", "Largest rank", "Left out", "Weights"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for one in outcomes:
+            if one.fraction == fraction:
+                table.add_row(
+                    one.policy,
+                    _percent(one.parameters / one.source_parameters),
+                    _percent(one.energy_kept),
+                    _percent(one.worst_layer),
+                    str(one.largest_rank),
+                    str(one.layers_left_out),
+                    bytes_text(one.file_bytes),
+                )
+        parts += ["", f"At most {_percent(fraction or 0)} of the parameters", table]
+    return Group(*parts)
 
 
 def bytes_text(count: float) -> str:

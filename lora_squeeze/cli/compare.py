@@ -1,0 +1,39 @@
+"""lora-squeeze compare."""
+
+from __future__ import annotations
+
+import click
+
+from lora_squeeze.cli.options import compute_options
+from lora_squeeze.cli.output import print_table, progress
+
+__all__ = ["compare_command"]
+
+
+@click.command("compare")
+@click.argument("path")
+@click.option(
+    "--params", "fractions", default="0.5,0.25,0.125,0.0625", help="Fractions of the parameters to compare at."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
+@compute_options
+def compare_command(path: str, fractions: str, as_json: bool, method: str, device: str) -> None:
+    """Show all policies side by side at equal numbers of parameters."""
+    from lora_squeeze import decompose, open_adapter
+    from lora_squeeze.comparison import compare_policies
+    from lora_squeeze.compression import file_cost
+    from lora_squeeze.records import outcomes_to_json
+    from lora_squeeze.report.table import comparison_table
+
+    try:
+        budgets = [float(fraction) for fraction in fractions.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"'{fractions}' is not a list of fractions such as 0.5,0.25") from None
+    adapter = open_adapter(path)
+    with progress("Analyzing", len(adapter.layers)) as advance:
+        spectra = decompose(adapter, method=method, device=device, on_layer=advance).spectra
+    outcomes = [outcome for budget in budgets for outcome in compare_policies(spectra, budget, cost=file_cost(adapter))]
+    if as_json:
+        click.echo(outcomes_to_json(outcomes))
+    else:
+        print_table(comparison_table(outcomes, source=adapter.source))

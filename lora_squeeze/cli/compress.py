@@ -1,0 +1,162 @@
+"""lora-squeeze compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_squeeze.cli.options import (
+    RankOptions,
+    as_json,
+    compute_options,
+    dtype_option,
+    rank_options,
+    runtime_options,
+)
+from lora_squeeze.cli.output import print_record, progress
+
+if TYPE_CHECKING:
+    from lora_squeeze import Adapter, Decomposition, Ranks
+
+__all__ = ["compress_command"]
+
+
+@click.command("compress")
+@click.argument("path")
+@click.argument("output")
+@click.option("--rank", type=click.IntRange(min=1), help="The new rank of all layers: --policy fixed=RANK.")
+@click.option("--retain", type=float, help="Retained variance: --policy variance=RETAIN.")
+@click.option("--ranks", "ranks_file", type=click.Path(path_type=Path), help="A plan from lora-squeeze plan.")
+@dtype_option
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("--layers", is_flag=True, help="Show every layer.")
+@runtime_options()
+@rank_options
+@compute_options
+@as_json
+def compress_command(
+    path: str,
+    output: str,
+    rank: int | None,
+    retain: float | None,
+    ranks_file: Path | None,
+    dtype: str | None,
+    overwrite: bool,
+    layers: bool,
+    runtime: str,
+    max_lora_rank: int | None,
+    rank_options: RankOptions,
+    method: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Write the adapter at PATH with lower ranks to OUTPUT, and say what was lost.
+
+    Without a policy, the smallest rank that retains 95 % of the variance is taken. Several policies
+    write several adapters, OUTPUT/POLICY each, from one decomposition.
+    """
+    from lora_squeeze import open_adapter, squeeze
+    from lora_squeeze.formats.folder import check_output
+    from lora_squeeze.limits import NO_LIMITS
+    from lora_squeeze.report.table import compression_table
+
+    policies = _policies(rank, retain, ranks_file, rank_options)
+    adapter = open_adapter(path)
+    folders = [Path(output)] if len(policies) < 2 else [Path(output, policy) for policy in policies]
+    for folder in folders:
+        check_output(folder, source=adapter.folder, overwrite=overwrite)
+    source: Adapter | Decomposition = adapter
+    if ranks_file is not None:
+        plans = [_read_plan(ranks_file)]
+    elif rank is not None and rank_options.limits == NO_LIMITS and runtime == "peft":
+        plans = [_fixed(adapter, rank)]  # known beforehand: one pass over the file is enough
+    else:
+        source, plans = _choose(
+            adapter, policies, rank_options, method, device, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank
+        )
+    for plan, folder in zip(plans, folders, strict=True):
+        with progress(f"Squeezing {plan.policy}", len(adapter.layers)) as advance:
+            compression = squeeze(
+                source,
+                plan,
+                folder,
+                dtype=dtype,
+                device=device,
+                method=method,
+                runtime=runtime,
+                max_lora_rank=max_lora_rank,
+                overwrite=overwrite,
+                on_layer=advance,
+            )
+        if plan is not plans[0] and not as_json:
+            click.echo()
+        print_record(compression, lambda record: compression_table(record, layers=layers), as_json=as_json)
+
+
+def _policies(
+    rank: int | None, retain: float | None, ranks_file: Path | None, rank_options: RankOptions
+) -> tuple[str, ...]:
+    given = {
+        "--rank": rank is not None,
+        "--retain": retain is not None,
+        "--ranks": ranks_file is not None,
+        "--policy": bool(rank_options.policies),
+    }
+    named = [option for option, is_given in given.items() if is_given]
+    if len(named) > 1:
+        raise click.UsageError(f"{' and '.join(named)} contradict each other: give one of them")
+    if rank is not None:
+        return (f"fixed={rank}",)
+    if retain is not None:
+        return (f"variance={retain:g}",)
+    return rank_options.policies
+
+
+def _fixed(adapter: Adapter, rank: int) -> Ranks:
+    from lora_squeeze import fixed
+
+    return fixed(adapter.layers.values(), rank)
+
+
+def _read_plan(file: Path) -> Ranks:
+    from lora_squeeze.errors import RankError
+    from lora_squeeze.records import Ranks
+
+    try:
+        return Ranks.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RankError(f"{file}: cannot be read: {error}") from error
+    except RankError as error:
+        raise RankError(f"{file}: {error}") from error
+
+
+def _choose(
+    adapter: Adapter,
+    policies: tuple[str, ...],
+    rank_options: RankOptions,
+    method: str,
+    device: str,
+    *,
+    dtype: str | None,
+    runtime: str,
+    max_lora_rank: int | None,
+) -> tuple[Decomposition, list[Ranks]]:
+    from lora_squeeze import decompose
+    from lora_squeeze.verbs import choose_ranks
+
+    with progress("Analyzing", len(adapter.layers)) as advance:
+        decomposition = decompose(adapter, method=method, device=device, on_layer=advance)
+    return decomposition, [
+        choose_ranks(
+            decomposition,
+            policy,
+            by=rank_options.by,
+            limits=rank_options.limits,
+            dtype=dtype,
+            runtime=runtime,
+            max_lora_rank=max_lora_rank,
+        )
+        for policy in policies or ("variance=0.95",)
+    ]

@@ -1,0 +1,155 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from lora_squeeze.limits import EQUAL, Limits
+from lora_squeeze.settings import CHOICES
+
+__all__ = [
+    "RankOptions",
+    "as_json",
+    "compute_options",
+    "dtype_option",
+    "parse_ranks",
+    "rank_options",
+    "runtime_options",
+]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How ranks are to be chosen, as the command line says it."""
+
+    policies: tuple[str, ...]
+    by: Any
+    limits: Limits
+
+
+def parse_ranks(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    """A comma-separated list of ranks."""
+    try:
+        return tuple(int(rank) for rank in text.split(",") if text)
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of ranks such as 4,8,16") from None
+
+
+def _parse_rank_for(
+    _context: click.Context, _option: click.Parameter, entries: tuple[str, ...]
+) -> tuple[tuple[str, int], ...]:
+    pairs: list[tuple[str, int]] = []
+    for entry in entries:
+        pattern, _, rank = entry.rpartition("=")
+        if not pattern or not rank.isdigit():
+            raise click.BadParameter(f"'{entry}' is not PATTERN=RANK, such as q_proj=8")
+        pairs.append((pattern, int(rank)))
+    return tuple(pairs)
+
+
+def _parse_dtype(_context: click.Context, _option: click.Parameter, dtype: str | None) -> str | None:
+    return dtype.upper() if dtype else None
+
+
+def compute_options(command: Command) -> Command:
+    """--method and --device."""
+    for option in (
+        click.option("--device", default="cpu", help="Torch device that computes."),
+        click.option("--method", type=click.Choice(CHOICES["method"]), default="gram", help="Route of the SVD."),
+    ):
+        command = option(command)
+    return command
+
+
+def as_json(command: Command) -> Command:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")(command)
+
+
+def dtype_option(command: Command) -> Command:
+    """--dtype, handed on in safetensors' spelling."""
+    return click.option(
+        "--dtype",
+        type=click.Choice([one for one in CHOICES["dtype"] if one], case_sensitive=False),
+        callback=_parse_dtype,
+        help="Of the new factors.  [default: as it was]",
+    )(command)
+
+
+def runtime_options(*, required: bool = False) -> Callable[[Command], Command]:
+    """--for and --max-lora-rank."""
+
+    def add(command: Command) -> Command:
+        for option in (
+            click.option(
+                "--max-lora-rank", type=click.IntRange(min=1), help="What the server allows.  [default: its default]"
+            ),
+            click.option(
+                "--for",
+                "runtime",
+                type=click.Choice(CHOICES["runtime"]),
+                default=None if required else "peft",
+                required=required,
+                help="The runtime that has to load it.",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def rank_options(command: Command) -> Command:
+    """--policy and what limits any policy; the command gets them as one RankOptions."""
+
+    def with_ranks(**values: Any) -> Any:
+        limits = Limits(
+            min_rank=values.pop("min_rank"),
+            max_rank=values.pop("max_rank"),
+            multiple_of=values.pop("multiple_of"),
+            steps=values.pop("steps"),
+            rank_for=values.pop("rank_for"),
+            equal=values.pop("equal"),
+        )
+        options = RankOptions(policies=values.pop("policies"), by=values.pop("by"), limits=limits)
+        return command(rank_options=options, **values)
+
+    with_ranks.__doc__ = command.__doc__
+    with_ranks.__name__ = command.__name__
+    decorated: Any = with_ranks
+    decorated.__click_params__ = list(getattr(command, "__click_params__", []))
+    for option in (
+        click.option(
+            "--equal",
+            multiple=True,
+            metavar="GROUP",
+            help=f"Same rank in a group: {', '.join(EQUAL)}, or a pattern; layers whose names differ only there.",
+        ),
+        click.option(
+            "--rank-for",
+            multiple=True,
+            metavar="PATTERN=RANK",
+            callback=_parse_rank_for,
+            help="Fix the rank of some layers, as q_proj=8.  Repeatable; the first match decides.",
+        ),
+        click.option("--steps", default="", callback=parse_ranks, show_default=False, help="Round up to one of 8,16."),
+        click.option("--multiple-of", default=1, help="Round ranks up to a multiple of this."),
+        click.option("--max-rank", type=int, help="Of any layer."),
+        click.option("--min-rank", type=int, help="Of any layer.  [default: 1, for global policies 0]"),
+        click.option("--by", type=click.Choice(CHOICES["by"]), default="mean", help="For variance."),
+        click.option(
+            "--policy",
+            "policies",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="How to choose ranks, as energy=0.9, params=0.25 or size=10MB.  Repeatable.",
+        ),
+    ):
+        decorated = option(decorated)
+    return decorated

@@ -1,0 +1,45 @@
+"""Printing records and showing progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["print_record", "print_table", "progress"]
+
+
+def print_record(record: Any, table: Callable[[Any], RenderableType], *, as_json: bool) -> None:
+    """As JSON, or as the table that belongs to it."""
+    if as_json:
+        click.echo(record.to_json())
+    else:
+        print_table(table(record))
+
+
+def print_table(table: RenderableType) -> None:
+    """Fitted to the terminal; a file or a pipe has no width to wrap at."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    console.print(table)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Generator[Callable[[str], None], None, None]:
+    """A bar on stderr; only in a terminal, and gone when the work is done."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda _name: bar.advance(task)

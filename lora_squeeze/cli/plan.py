@@ -1,0 +1,70 @@
+"""lora-squeeze plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_squeeze.cli.options import (
+    RankOptions,
+    as_json,
+    compute_options,
+    dtype_option,
+    rank_options,
+    runtime_options,
+)
+from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.errors import OutputError
+
+__all__ = ["plan_command"]
+
+
+@click.command("plan")
+@click.argument("path")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the ranks to this JSON file.")
+@dtype_option
+@runtime_options()
+@rank_options
+@compute_options
+@as_json
+def plan_command(
+    path: str,
+    output: Path | None,
+    dtype: str | None,
+    runtime: str,
+    max_lora_rank: int | None,
+    rank_options: RankOptions,
+    method: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Choose ranks for the adapter at PATH and write nothing but numbers.
+
+    Edit the file as you like and apply it: lora-squeeze compress PATH OUT --ranks ranks.json
+    """
+    from lora_squeeze import decompose, open_adapter
+    from lora_squeeze.report.table import plan_table
+    from lora_squeeze.verbs import choose_ranks, outcome
+
+    if len(rank_options.policies) > 1:
+        raise click.UsageError("a plan has one --policy; lora-squeeze compare shows several")
+    adapter = open_adapter(path)
+    with progress("Analyzing", len(adapter.layers)) as advance:
+        decomposition = decompose(adapter, method=method, device=device, on_layer=advance)
+    ranks = choose_ranks(
+        decomposition,
+        *rank_options.policies,
+        by=rank_options.by,
+        limits=rank_options.limits,
+        dtype=dtype,
+        runtime=runtime,
+        max_lora_rank=max_lora_rank,
+    )
+    if output is not None:
+        try:
+            output.write_text(ranks.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
+    found = outcome(decomposition, ranks, dtype=dtype, runtime=runtime)
+    print_record(ranks, lambda plan: plan_table(plan, found), as_json=as_json)

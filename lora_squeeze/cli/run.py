@@ -1,0 +1,92 @@
+"""lora-squeeze run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.settings import Settings, read_settings
+
+__all__ = ["run_command"]
+
+
+@click.command("run")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--explain", is_flag=True, help="Say what would be done, and do nothing.")
+def run_command(file: Path, explain: bool) -> None:
+    """Do what the TOML FILE says: analyze and, with an output_path, compress."""
+    settings = read_settings(file)
+    if explain:
+        _explain(file, settings)
+    else:
+        _run(settings)
+
+
+def _run(settings: Settings) -> None:
+    from lora_squeeze import analyze, decompose, open_adapter, squeeze
+    from lora_squeeze.formats.folder import check_output
+    from lora_squeeze.report.table import analysis_table, compression_table
+    from lora_squeeze.verbs import choose_ranks
+
+    chosen = settings.squeeze
+    adapter = open_adapter(chosen.adapter_path)
+    if chosen.output_path:
+        check_output(Path(chosen.output_path), source=adapter.folder, overwrite=chosen.overwrite)
+    with progress("Analyzing", len(adapter.layers)) as advance:
+        decomposition = decompose(adapter, method=chosen.method, device=chosen.device, on_layer=advance)
+    analysis = analyze(
+        decomposition.spectra,
+        source=adapter.source,
+        source_rank=settings.source_rank,
+        target_ranks=chosen.target_ranks,
+        min_variance_retention=chosen.min_variance_retention,
+        by="worst" if chosen.by == "worst" else "mean",
+        notes=adapter.notes,
+    )
+    print_record(analysis, analysis_table, as_json=False)
+    if not chosen.output_path:
+        return
+    dtype = chosen.dtype.upper() or None
+    policy = chosen.policy or f"fixed={chosen.compress_to or analysis.recommended_rank}"
+    ranks = choose_ranks(
+        decomposition,
+        policy,
+        limits=chosen.limits,
+        dtype=dtype,
+        runtime=chosen.runtime,
+        max_lora_rank=chosen.max_lora_rank or None,
+    )
+    with progress("Squeezing", len(adapter.layers)) as advance:
+        compression = squeeze(
+            decomposition,
+            ranks,
+            chosen.output_path,
+            dtype=dtype,
+            device=chosen.device,
+            runtime=chosen.runtime,
+            max_lora_rank=chosen.max_lora_rank or None,
+            overwrite=chosen.overwrite,
+            on_layer=advance,
+        )
+    click.echo()
+    print_record(compression, compression_table, as_json=False)
+
+
+def _explain(file: Path, settings: Settings) -> None:
+    chosen = settings.squeeze
+    target = chosen.policy or chosen.compress_to or "the recommended rank"
+    for label, value in {
+        "mode": "squeeze",
+        "config": file,
+        "adapter_path": chosen.adapter_path,
+        "source_rank": settings.source_rank or "from the tensors",
+        "target_ranks": chosen.target_ranks or "powers of two up to the source rank",
+        "min_variance_retention": f"{chosen.min_variance_retention} ({chosen.by} over layers)",
+        "output_path": chosen.output_path or "none: analyze only",
+        "compress_to": target if chosen.output_path else "nothing is written",
+        "runtime": chosen.runtime,
+        "device": chosen.device,
+    }.items():
+        click.echo(f"{label:<24}{value}")

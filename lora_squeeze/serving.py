@@ -1,0 +1,227 @@
+"""What each runtime loads, in one table, and how to write an adapter so that it does.
+
+The rules were read off the runtimes' own loaders (the sources named in RUNTIMES). A runtime can
+change any day: `check` says what these rules say, and the runtime has the last word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from lora_squeeze.adapter import Adapter, LoraLayer
+from lora_squeeze.errors import RankError, UnsupportedAdapter
+from lora_squeeze.limits import Limits
+
+__all__ = [
+    "RUNTIMES",
+    "Problem",
+    "Runtime",
+    "as_plain_lora",
+    "check",
+    "fit",
+    "limits_for",
+    "padded",
+    "rank_cap",
+    "refuse_unloadable",
+]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a runtime accepts.
+
+    mixed_ranks
+        whether layers may differ in rank.
+    mixed_scales
+        whether alpha_pattern is honoured; otherwise one effective scale has to hold for all layers.
+    rslora
+        whether alpha / √r is understood.
+    default_max_rank
+        of an adapter, where the server was started without another; None: no cap.
+    max_ranks
+        what the cap may be set to; empty: anything.
+    refuses
+        configuration field → why an adapter that sets it is not loaded.
+    only_pairs
+        whether tensors other than lora_A and lora_B are refused.
+    """
+
+    name: str
+    source: str
+    mixed_ranks: bool = True
+    mixed_scales: bool = True
+    rslora: bool = True
+    default_max_rank: int | None = None
+    max_ranks: tuple[int, ...] = ()
+    refuses: dict[str, str] = field(default_factory=dict[str, str])
+    only_pairs: bool = False
+
+
+_NO_DORA = "DoRA's magnitudes are not supported there; merge the adapter into the base model instead"
+_NO_FULL_MODULES = "fully trained modules are not loaded there; serve them as part of the base model"
+_NO_BIAS = "trained biases are not loaded there"
+_NO_TOKENS = "trained token embeddings are not loaded there"
+
+RUNTIMES: dict[str, Runtime] = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(name="peft", source="peft/tuners/lora/model.py and peft/utils/other.py:get_pattern_key"),
+        Runtime(
+            name="vllm",
+            source="vllm/lora/peft_helper.py; up to about 0.26 rank_pattern and alpha_pattern are ignored, ranks "
+            "are taken from the tensors and one alpha / r is applied to all modules",
+            mixed_scales=False,
+            default_max_rank=16,
+            max_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+            refuses={
+                "use_dora": _NO_DORA,
+                "modules_to_save": _NO_FULL_MODULES,
+                "lora_bias": _NO_BIAS,
+                "trainable_token_indices": _NO_TOKENS,
+                "alora_invocation_tokens": "activated LoRA is not supported there",
+            },
+            only_pairs=True,
+        ),
+        Runtime(
+            name="sglang",
+            source="python/sglang/srt/lora/lora_config.py: entries of rank_pattern and alpha_pattern that differ "
+            "from r and lora_alpha are rejected, buffers have r rows, use_rslora is not read",
+            mixed_ranks=False,
+            mixed_scales=False,
+            rslora=False,
+            refuses={
+                "use_dora": _NO_DORA,
+                "modules_to_save": _NO_FULL_MODULES,
+                "lora_bias": _NO_BIAS,
+                "trainable_token_indices": _NO_TOKENS,
+                "target_parameters": "experts as parameters are rejected there",
+                "alora_invocation_tokens": "activated LoRA is not supported there",
+            },
+            only_pairs=True,
+        ),
+        Runtime(
+            name="llamacpp",
+            source="llama.cpp/convert_lora_to_gguf.py: one lora_alpha over the rank read from each tensor, "
+            "use_rslora and the patterns are not read, other tensors are refused",
+            mixed_ranks=False,
+            mixed_scales=False,
+            rslora=False,
+            refuses={"use_dora": _NO_DORA, "modules_to_save": _NO_FULL_MODULES, "lora_bias": _NO_BIAS},
+            only_pairs=True,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a runtime would not load an adapter, or not as it is meant, and what to do about it."""
+
+    what: str
+    what_to_do: str
+
+
+def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -> list[Problem]:
+    """All reasons why this runtime would not load the adapter, or would apply another update.
+
+    max_lora_rank
+        what the server was started with; None takes the runtime's default.
+
+    Raises RankError for a max_lora_rank that the runtime does not know.
+    """
+    rules = RUNTIMES[runtime]
+    problems = [
+        Problem(f"{name} is set: {why}", "squeezing cannot change that")
+        for name, why in rules.refuses.items()
+        if adapter.config.get(name)
+    ]
+    if rules.only_pairs and adapter.pass_through and not problems:
+        key = adapter.pass_through[0].key
+        problems.append(Problem(f"tensor '{key}' is no lora_A or lora_B", "squeezing cannot change that"))
+    cap = rank_cap(runtime, max_lora_rank)
+    ranks = {spec.rank for spec in adapter.layers.values()}
+    if cap is not None and adapter.rank > cap:
+        problems.append(
+            Problem(
+                f"rank {adapter.rank} is above max_lora_rank {cap}",
+                f"squeeze with --max-rank {cap}, or start the server with a larger one",
+            )
+        )
+    fitting = f"squeeze with --for {runtime}"
+    if not rules.mixed_ranks and len(ranks) > 1:
+        problems.append(Problem(f"layers differ in rank ({min(ranks)} to {max(ranks)})", f"{fitting}: it pads them"))
+    if not rules.mixed_scales and len({round(spec.scale, 12) for spec in adapter.layers.values()}) > 1:
+        problems.append(Problem("layers differ in effective scale, and alpha_pattern is not read", fitting))
+    if not rules.rslora and adapter.config.get("use_rslora"):
+        problems.append(Problem("use_rslora is not read: the update would be √r too weak", fitting))
+    return problems
+
+
+def rank_cap(runtime: str, max_lora_rank: int | None) -> int | None:
+    """The largest rank an adapter may have there. Raises RankError for a cap the runtime does not know."""
+    rules = RUNTIMES[runtime]
+    if max_lora_rank is None:
+        return rules.default_max_rank
+    if max_lora_rank < 1 or (rules.max_ranks and max_lora_rank not in rules.max_ranks):
+        known = ", ".join(map(str, rules.max_ranks)) or "1 and up"
+        raise RankError(f"max_lora_rank {max_lora_rank} is not possible for {runtime}: it knows {known}")
+    return max_lora_rank
+
+
+def fit(adapter: Adapter, runtime: str) -> Adapter:
+    """The same update as this runtime wants it: padded to one rank, rsLoRA as plain LoRA."""
+    rules = RUNTIMES[runtime]
+    if not rules.rslora or not rules.mixed_scales:
+        adapter = as_plain_lora(adapter)
+    return adapter if rules.mixed_ranks else padded(adapter)
+
+
+def refuse_unloadable(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -> None:
+    """Raise UnsupportedAdapter, with all reasons, if this runtime would not load the adapter."""
+    if problems := check(adapter, runtime, max_lora_rank=max_lora_rank):
+        reasons = "; ".join(f"{problem.what} ({problem.what_to_do})" for problem in problems)
+        raise UnsupportedAdapter(f"{adapter.source}: {runtime} would not load it: {reasons}")
+
+
+def limits_for(runtime: str, limits: Limits, *, max_lora_rank: int | None = None) -> Limits:
+    """The limits, tightened to what this runtime loads: its largest rank, and equal ranks if need be.
+
+    Where layers may not differ in rank, smaller ones would be padded with zeros: the bytes are spent
+    anyway, so all layers get the same rank.
+    """
+    cap = rank_cap(runtime, max_lora_rank)
+    if cap is not None:
+        limits = replace(limits, max_rank=cap if limits.max_rank is None else min(cap, limits.max_rank))
+    if not RUNTIMES[runtime].mixed_ranks:
+        limits = replace(limits, equal=(*limits.equal, ".+"))
+    return limits
+
+
+def as_plain_lora(adapter: Adapter) -> Adapter:
+    """rsLoRA written as plain LoRA: lora_alpha changes, the effective scales do not."""
+    return replace(adapter, config={**adapter.config, "use_rslora": False})
+
+
+def padded(adapter: Adapter) -> Adapter:
+    """All layers with the largest rank: the missing rows and columns are zeros and change nothing."""
+    rank = adapter.rank
+    if all(spec.rank == rank for spec in adapter.layers.values()):
+        return adapter
+
+    def padded_layer(name: str, read: Callable[[str], LoraLayer]) -> LoraLayer:
+        layer = read(name)
+        missing = rank - layer.down.shape[0]
+        down = torch.cat([layer.down, layer.down.new_zeros(missing, layer.down.shape[1])])
+        up = torch.cat([layer.up, layer.up.new_zeros(layer.up.shape[0], missing)], dim=1)
+        return replace(layer, down=down, up=up)
+
+    return replace(
+        adapter,
+        layers={name: replace(spec, rank=rank) for name, spec in adapter.layers.items()},
+        load=partial(padded_layer, read=adapter.load),
+        borrow=partial(padded_layer, read=adapter.borrow),
+    )
