@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import POLICIES, Cost, fixed, params, size
 from lora_squeeze.records import Outcome, Ranks, Spectrum
 
-__all__ = ["compare_policies", "outcome_of"]
+__all__ = ["compare_policies", "outcome_of", "policies_at"]
 
 _HALVINGS = 30
 # The ends between which a policy's value is sought: from hardly anything kept to everything.
@@ -31,34 +33,41 @@ _ENDS: dict[str, tuple[float, float]] = {
 def compare_policies(
     spectra: Sequence[Spectrum], fraction: float, *, cost: Cost, limits: Limits = NO_LIMITS
 ) -> list[Outcome]:
-    """What every policy keeps with at most this fraction of the source's parameters.
+    """What every policy keeps with at most this fraction of the source's parameters, best first.
 
-    Policies that cannot go that low (all of them keep one component a layer but for the global ones)
-    are not listed. Best first. Raises RankError for a fraction not above 0 and up to 1.
+    Raises RankError for a fraction not above 0 and up to 1.
+    """
+    plans = policies_at(spectra, fraction, cost=cost, limits=limits)
+    outcomes = [outcome_of(spectra, plan, cost=cost, fraction=fraction) for plan in plans]
+    return sorted(outcomes, key=lambda one: -one.energy_kept)
+
+
+def policies_at(spectra: Sequence[Spectrum], fraction: float, *, cost: Cost, limits: Limits = NO_LIMITS) -> list[Ranks]:
+    """The plan of every policy with its value set as high as this fraction of the parameters allows.
+
+    Policies that cannot go that low (all but the global ones keep one component a layer) are left out.
+    Raises RankError for a fraction not above 0 and up to 1.
     """
     if not 0 < fraction <= 1:
         raise RankError(f"a fraction of {fraction:g} of the parameters is not possible: above 0 and up to 1")
+    every_rank = range(1, max(s.rank for s in spectra) + 1)
     budget = math.floor(fraction * sum(s.rank * s.component_size for s in spectra))
-    plans: list[Ranks] = []
-    source_rank = max(s.rank for s in spectra)
-    fitting = [
-        plan
-        for plan in (fixed(spectra, rank, limits=limits) for rank in range(1, source_rank + 1))
-        if _parameters(spectra, plan) <= budget
-    ]
-    plans += fitting[-1:]
+    fixed_plans = (fixed(spectra, rank, limits=limits) for rank in every_rank)
+    plans = [plan for plan in fixed_plans if _parameters(spectra, plan) <= budget][-1:]
     for name, ends in _ENDS.items():
-        policy: Callable[..., Ranks] = POLICIES[name]
-        options = {"candidates": range(1, source_rank + 1)} if name == "variance" else {}
-        plan = _largest_within(lambda value: policy(spectra, value, limits=limits, **options), ends, spectra, budget)  # noqa: B023
+        options: dict[str, Any] = {"candidates": every_rank} if name == "variance" else {}
+        plan = _largest_within(partial(_plan, name, spectra, limits=limits, **options), ends, spectra, budget)
         plans += [plan] if plan else []
     try:
         plans.append(params(spectra, fraction, limits=limits))
         plans.append(size(spectra, cost.file_size(plans[-1]), cost=cost, limits=limits))
     except RankError:
         pass  # not even the smallest ranks allowed fit
-    outcomes = [outcome_of(spectra, plan, cost=cost, fraction=fraction) for plan in plans]
-    return sorted(outcomes, key=lambda one: -one.energy_kept)
+    return plans
+
+
+def _plan(name: str, spectra: Sequence[Spectrum], value: float, **options: Any) -> Ranks:
+    return POLICIES[name](spectra, value, **options)
 
 
 def outcome_of(spectra: Sequence[Spectrum], ranks: Ranks, *, cost: Cost, fraction: float | None = None) -> Outcome:
