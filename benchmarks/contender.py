@@ -1,42 +1,42 @@
-"""One contender, one process: `python -m benchmarks.contender NAME ADAPTER OUTPUT --threads N`.
+"""One contender, one process: `python -m benchmarks.contender NAME ADAPTER OUTPUT --cores N`.
 
 Prints one JSON line: seconds and peak memory (MB) above what the imports took. All contenders do
-the same job: analyze the adapter at rank 64 and write it at rank 16.
+the same job: analyze the adapter at rank 64 and write it at rank 16. The process is pinned to N
+cores, helper threads included, and torch is given N threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from lora_squeeze import analyze, compress_adapter
-from lora_squeeze.formats.tensors import (
-    Block,
-    TensorSpec,
-    read_safetensors,
-    write_safetensors,
-)
+from lora_squeeze.formats.tensors import memory_of, read_safetensors
+from lora_squeeze.scratch import scratch
 
 RANK = 16
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
+WEIGHTS = "adapter_model.safetensors"
 
 
 def lora_squeeze(adapter: Path, output: Path) -> None:
-    """Compress and analyze in one pass; errors are measured, the output is read back and checked."""
+    """Compress and analyze in one pass; errors are measured, the output is synced, read back and checked."""
     compression = compress_adapter(adapter, output, RANK)
     analyze(compression.spectra)
 
 
 def straightforward(adapter: Path, output: Path) -> None:
     """Load everything, float32, QR + SVD once to analyze and once more to compress."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = load_file(adapter / WEIGHTS)
     names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     for name in names:
         _, _, values, _ = _qr_svd(tensors, name)
@@ -49,7 +49,7 @@ def straightforward(adapter: Path, output: Path) -> None:
         squeezed[f"{name}.lora_B.weight"] = (q_up @ (left[:, :RANK] * root)).bfloat16()
         squeezed[f"{name}.lora_A.weight"] = ((root[:, None] * right[:RANK]) @ q_down.T).bfloat16().contiguous()
     output.mkdir()
-    save_file(squeezed, output / "adapter_model.safetensors")
+    save_file(squeezed, output / WEIGHTS)
 
 
 def _qr_svd(tensors: dict[str, torch.Tensor], name: str):
@@ -60,50 +60,94 @@ def _qr_svd(tensors: dict[str, torch.Tensor], name: str):
 
 
 def floor(adapter: Path, output: Path) -> None:
-    """The least that any exact route does: read, two float64 Grams, two thin products, write."""
-    source = read_safetensors(adapter / "adapter_model.safetensors")
+    """The least that any exact route does: read, two float64 Grams, two thin products, write.
+
+    It decomposes nothing, hashes nothing, syncs nothing and checks nothing; the numbers it writes
+    are meaningless. A worker a core, each with memory that it uses again.
+    """
+    source = read_safetensors(adapter / WEIGHTS)
     names = [key.removesuffix(".lora_A.weight") for key in source.tensors if key.endswith(".lora_A.weight")]
-    projection = torch.randn(64, RANK)
+    projection = torch.randn(RANK, 64)
+    output.mkdir()
 
-    def block(name: str) -> Block:
-        keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-        inner, out = source.tensors[keys[0]].shape[1], source.tensors[keys[1]].shape[0]
-        specs = (
-            TensorSpec(keys[0], "BF16", (RANK, inner), 2 * RANK * inner),
-            TensorSpec(keys[1], "BF16", (out, RANK), 2 * RANK * out),
-        )
-        return Block(specs, lambda: work(keys))
-
-    def work(keys: tuple[str, str]) -> list[torch.Tensor]:
-        down, up = (source.read(key) for key in keys)
-        down32, up32 = down.float(), up.float()
+    def work(name: str, position: int) -> None:
+        down = source.read(f"{name}.lora_A.weight", borrow_as="down")
+        up = source.read(f"{name}.lora_B.weight", borrow_as="up")
         _gram(down.T)
         _gram(up)
-        return [(projection.T @ down32).bfloat16(), (up32 @ projection).bfloat16()]
+        for factor in (down, up.T):
+            result = _product(projection, factor)
+            position += os.pwrite(file.fileno(), memory_of(result), position)
 
-    output.mkdir()
-    write_safetensors(output / "adapter_model.safetensors", [block(name) for name in names], {})
+    with (
+        (output / WEIGHTS).open("wb") as file,
+        ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        factors = [[source.tensors[f"{name}.lora_{factor}.weight"] for factor in "AB"] for name in names]
+        # Factors of rank 64 in bf16 become factors of rank RANK in bf16.
+        sizes = [sum(factor.nbytes * RANK // 64 for factor in pair) for pair in factors]
+        list(pool.map(work, names, accumulate(sizes, initial=0)))
 
 
 def _gram(tall: torch.Tensor) -> torch.Tensor:
     # Converted in blocks that stay in the cache, as the fastest variant that was found.
     total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for rows in tall.split(1024):
-        converted = rows.double()
+    for rows in tall.split(2048):
+        converted = _converted(rows, torch.float64)
         total.addmm_(converted.T, converted)
     return total
 
 
+def _product(projection: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    upright = wide.stride(1) == 1
+    rank, columns = len(projection), wide.shape[1]
+    memory = scratch("result", (rank, columns) if upright else (columns, rank), torch.bfloat16, torch.device("cpu"))
+    result = memory if upright else memory.T
+    for source, target in zip(wide.split(8192, 1), result.split(8192, 1), strict=True):
+        block = _converted(source, torch.float32)
+        target.copy_(projection @ block if upright else (block.T @ projection.T).T)
+    return memory
+
+
+def _converted(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    upright = matrix.stride(1) == 1
+    shape = matrix.shape if upright else matrix.T.shape
+    memory = scratch("converted", shape, dtype, torch.device("cpu"))
+    return (memory if upright else memory.T).copy_(matrix)
+
+
 CONTENDERS: dict[str, Callable[[Path, Path], None]] = {
-    "lora-squeeze": lora_squeeze,
-    "straightforward": straightforward,
     "floor": floor,
+    "straightforward": straightforward,
+    "lora-squeeze": lora_squeeze,
 }
 
 
-def _resident_mb(field: str) -> float:
+def pin(cores: int) -> None:
+    """Keep this process, with the threads it has and will have, on the first `cores` cores it may use."""
+    available = sorted(os.sched_getaffinity(0))
+    if len(available) < cores:
+        raise SystemExit(f"{cores} cores were asked for, but this process may use {len(available)}")
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), available[:cores])
+    torch.set_num_threads(cores)
+
+
+def warm_up() -> None:
+    """Torch's first call of each routine loads it: that belongs to the imports, for every contender."""
+    square = torch.randn(64, 64, dtype=torch.float64)
+    torch.linalg.svd(square)
+    torch.linalg.eigh(square @ square.T)
+    torch.linalg.qr(square.float())
+    torch.linalg.cholesky_ex(square @ square.T)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(square.matmul, square).result()
+
+
+def resident_mb(field: str) -> float:
+    """Resident memory of this process now (VmRSS) or at its peak (VmHWM), in units of 10^6 bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
 def main() -> None:
@@ -111,26 +155,16 @@ def main() -> None:
     parser.add_argument("name", choices=CONTENDERS)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cores", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    _warm_up()
+    pin(arguments.cores)
+    warm_up()
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _resident_mb("VmRSS")
+    before = resident_mb("VmRSS")
     start = time.perf_counter()
     CONTENDERS[arguments.name](arguments.adapter, arguments.output)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_mb": _resident_mb("VmHWM") - before}))
-
-
-def _warm_up() -> None:
-    """Torch's first call of each routine loads it: that belongs to the imports, for every contender."""
-    square = torch.randn(64, 64, dtype=torch.float64)
-    torch.linalg.svd(square)
-    torch.linalg.qr(square.float())
-    torch.linalg.cholesky_ex(square @ square.T)
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(square.matmul, square).result()
+    print(json.dumps({"seconds": seconds, "peak_mb": resident_mb("VmHWM") - before}))
 
 
 if __name__ == "__main__":

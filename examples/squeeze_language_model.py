@@ -63,8 +63,7 @@ def main() -> None:
     o = parse_options()
     prepare(o.seed)
     announce(f"Training a LoRA of rank {o.rank}")
-    if o.model is None:
-        console.print("SmolLM2-135M-Instruct, dequantised from 4 bits (the first time, this takes half a minute)")
+    console.print(f"Model: {o.model or 'SmolLM2-135M-Instruct, its 4-bit weights dequantised (once: about 20 s)'}")
     source = o.model or str(smollm2())
     examples = read_examples(o.data) if o.data else [coarse(example) for example in read_examples(trec())]
     training, held_out = split(examples, held_out=0.2, seed=o.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,31 @@ from lora_squeeze.errors import AdapterError, OutputError
 from lora_squeeze.formats.folder import check_output, new_folder
 from lora_squeeze.formats.peft import open_peft, peft_size, sniff_peft, write_peft
 
-__all__ = ["Written", "open_adapter", "save_adapter", "weights_size"]
+__all__ = ["FORMATS", "Format", "Written", "open_adapter", "save_adapter", "weights_size"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format can do.
+
+    sniff
+        whether what lies at a path is of this format, by content.
+    open
+        path → Adapter; no tensor is loaded.
+    write
+        Adapter and an empty folder → the weight file that was written into it.
+    size
+        the exact size in bytes of that file; computes no tensor.
+    """
+
+    name: str
+    sniff: Callable[[Path], bool]
+    open: Callable[[Path], Adapter]
+    write: Callable[[Adapter, Path], Path]
+    size: Callable[[Adapter], int]
+
+
+FORMATS: dict[str, Format] = {one.name: one for one in (Format("peft", sniff_peft, open_peft, write_peft, peft_size),)}
 
 
 @dataclass(frozen=True)
@@ -33,15 +58,16 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
     location = Path(path).expanduser()
     if not location.exists():
         raise AdapterError(f"{location}: no such file or folder")
-    if sniff_peft(location):
-        return open_peft(location)
+    for one in FORMATS.values():
+        if one.sniff(location):
+            return one.open(location)
     if location.is_file() and sniff_peft(location.parent):
         raise AdapterError(f"{location}: is a file of a PEFT adapter; give its folder: {location.parent}")
     raise AdapterError(f"{location}: no adapter found here; a PEFT adapter is a folder with adapter_config.json")
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> Written:
-    """Write an adapter as a PEFT folder and check that the disk holds what was written.
+    """Write an adapter in its format and check that the disk holds what was written.
 
     The folder is written beside `path` under another name, fsynced, read back and renamed, so it
     appears whole or not at all. Raises OutputError if it cannot be written, exists (without
@@ -49,19 +75,20 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
     """
     output = Path(path).expanduser()
     check_output(output, source=adapter.folder, overwrite=overwrite)
+    form = FORMATS[adapter.format]
     with new_folder(output) as folder:
-        weights = write_peft(adapter, folder)
+        weights = form.write(adapter, folder)
         for name, file in adapter.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
-        _check_meaning(adapter, open_peft(folder))
+        _check_meaning(adapter, form.open(folder))
         size = weights.stat().st_size
     return Written(weights=output / weights.name, nbytes=size)
 
 
 def weights_size(adapter: Adapter) -> int:
     """The exact size in bytes of the weight file that `save_adapter` would write; computes no tensor."""
-    return peft_size(adapter)
+    return FORMATS[adapter.format].size(adapter)
 
 
 def _check_meaning(planned: Adapter, written: Adapter) -> None:
