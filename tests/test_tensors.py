@@ -1,0 +1,415 @@
+"""Streaming safetensors: what safetensors.torch writes is read, what is written safetensors.torch reads."""
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+import textwrap
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_squeeze.errors import AdapterError, OutputError
+from lora_squeeze.formats.tensors import (
+    DTYPES,
+    Block,
+    TensorSpec,
+    dtype_name,
+    read_safetensors,
+    safetensors_size,
+    sha256_of_file,
+    write_safetensors,
+)
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+NAMES = {dtype: name for name, dtype in {**FLOATS, **OTHERS}.items()}
+
+
+def spec(key: str, tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(key, NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
+
+
+def blocks(tensors: dict[str, torch.Tensor]) -> list[Block]:
+    """One block a tensor."""
+    return [Block((spec(key, tensor),), lambda tensor=tensor: [tensor]) for key, tensor in tensors.items()]
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
+
+
+def test_the_dtypes_of_factors():
+    assert DTYPES == FLOATS
+    assert {dtype_name(dtype) for dtype in FLOATS.values()} == set(FLOATS)
+
+
+def test_dtype_name_refuses_other_dtypes():
+    with pytest.raises(KeyError):
+        dtype_name(torch.int64)
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (0, 4), (2, 3, 1, 2)], ids=str)
+def test_what_safetensors_wrote_is_read(tmp_path, dtype, shape):
+    tensors = {"first": torch.randn(shape).to(dtype), "sécond": torch.randn(7).to(dtype)}
+    save_file(tensors, tmp_path / "file", metadata={"a": "b", "ü": "\n"})
+
+    file = read_safetensors(tmp_path / "file")
+
+    assert file.metadata == {"a": "b", "ü": "\n"}
+    assert dict(file.tensors) == {key: spec(key, tensor) for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        read = file.read(key)
+        assert read.dtype == dtype
+        assert torch.equal(read, tensor)
+
+
+@pytest.mark.parametrize("dtype", {**FLOATS, **OTHERS}.values(), ids={**FLOATS, **OTHERS})
+def test_bytes_of_every_dtype_are_read_and_written(tmp_path, dtype):
+    tensor = torch.arange(12).reshape(3, 4).to(dtype)
+    save_file({"key": tensor}, tmp_path / "first")
+    source = read_safetensors(tmp_path / "first")
+    assert b"".join(source.chunks("key")) == raw(tensor)
+
+    write_safetensors(tmp_path / "second", [Block((source.tensors["key"],), lambda: [source.chunks("key")])], {})
+
+    copy = load_file(tmp_path / "second")["key"]
+    assert copy.dtype == dtype
+    assert copy.shape == tensor.shape
+    assert raw(copy) == raw(tensor)
+
+
+def test_a_large_tensor_is_read_in_several_chunks(tmp_path):
+    tensor = torch.arange(700_000, dtype=torch.float32)
+    save_file({"key": tensor}, tmp_path / "file")
+    chunks = list(read_safetensors(tmp_path / "file").chunks("key"))
+    assert len(chunks) > 1
+    assert b"".join(chunks) == raw(tensor)
+
+
+@pytest.mark.parametrize("dtype", OTHERS.values(), ids=OTHERS)
+def test_reading_a_factor_of_another_dtype_is_an_error(tmp_path, dtype):
+    save_file({"key": torch.zeros(4).to(dtype)}, tmp_path / "file")
+    with pytest.raises(AdapterError, match=rf"'key' has dtype {NAMES[dtype]}"):
+        read_safetensors(tmp_path / "file").read("key")
+
+
+def test_safetensors_reads_what_was_written(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5),
+        "transposed": torch.randn(4, 3).T,
+        "strided": torch.arange(20.0)[::3],
+        "expanded": torch.ones(1, 3).expand(4, 3),
+        "half": torch.randn(3, 3).to(torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(3.5, dtype=torch.float64),
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "ünï": torch.randn(2),
+    }
+    write_safetensors(tmp_path / "file", blocks(tensors), {"format": "pt", "näme": 'a "quoted" \\ text'})
+
+    read = load_file(tmp_path / "file")
+    assert set(read) == set(tensors)
+    for key, tensor in tensors.items():
+        assert read[key].dtype == tensor.dtype
+        assert torch.equal(read[key], tensor)
+    with safe_open(tmp_path / "file", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "näme": 'a "quoted" \\ text'}
+
+
+def test_a_block_may_hold_several_tensors_and_pieces(tmp_path):
+    pair = [torch.randn(4, 3), torch.randn(5, 4).to(torch.bfloat16)]
+
+    def pieces() -> Iterator[bytes]:
+        yield b"\1\2"
+        yield b"\3"
+
+    block = Block((spec("A", pair[0]), spec("B", pair[1])), lambda: pair)
+    loose = Block((TensorSpec("loose", "U8", (3,), 3),), lambda: [pieces()])
+    write_safetensors(tmp_path / "file", [loose, block], {})
+    read = load_file(tmp_path / "file")
+    assert torch.equal(read["A"], pair[0])
+    assert torch.equal(read["B"], pair[1])
+    assert read["loose"].tolist() == [1, 2, 3]
+
+
+def test_a_file_without_tensors(tmp_path):
+    write_safetensors(tmp_path / "file", [], {"format": "pt"})
+    assert load_file(tmp_path / "file") == {}
+    assert read_safetensors(tmp_path / "file").metadata == {"format": "pt"}
+
+
+def test_every_tensor_is_aligned_to_its_own_items(tmp_path):
+    sizes = [torch.uint8, torch.float64, torch.bfloat16, torch.float32, torch.uint8, torch.float64, torch.float16]
+    tensors = {str(place): torch.ones(3).to(dtype) for place, dtype in enumerate(sizes)}
+    write_safetensors(tmp_path / "file", blocks(tensors), {"x": "odd"})
+    file = read_safetensors(tmp_path / "file")
+    (length,) = struct.unpack("<Q", (tmp_path / "file").read_bytes()[:8])
+    assert length % 8 == 0
+    assert all(file.offsets[key] % tensor.element_size() == 0 for key, tensor in tensors.items())
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in load_file(tmp_path / "file").items())
+
+
+def test_the_size_is_known_before(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "ü": torch.randn(7).to(torch.bfloat16)}
+    write_safetensors(tmp_path / "file", blocks(tensors), {"format": "pt"})
+    expected = safetensors_size([spec(key, tensor) for key, tensor in tensors.items()], {"format": "pt"})
+    assert (tmp_path / "file").stat().st_size == expected
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda key: key != "__metadata__"),
+        st.tuples(st.sampled_from(list(FLOATS.values())), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=5,
+    ),
+    st.dictionaries(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")), max_size=3),
+)
+def test_any_keys_shapes_and_metadata_make_the_round_trip(tmp_path, shapes, metadata):
+    tensors = {key: torch.randn(shape).to(dtype) for key, (dtype, shape) in shapes.items()}
+    (tmp_path / "file").unlink(missing_ok=True)
+
+    write_safetensors(tmp_path / "file", blocks(tensors), metadata)
+
+    by_safetensors, own = load_file(tmp_path / "file"), read_safetensors(tmp_path / "file")
+    assert set(by_safetensors) == set(own.tensors) == set(tensors)
+    assert own.metadata == metadata
+    for key, tensor in tensors.items():
+        assert torch.equal(by_safetensors[key], tensor)
+        assert torch.equal(own.read(key), tensor)
+
+
+def test_late_metadata_is_asked_after_the_last_tensor(tmp_path):
+    made: list[str] = []
+
+    def make() -> list[torch.Tensor]:
+        made.append("tensor")
+        return [torch.ones(3)]
+
+    block = Block((spec("key", torch.ones(3)),), make)
+    late = lambda: {"count": f"{len(made):04}"}  # noqa: E731
+
+    write_safetensors(tmp_path / "file", [block], {"format": "pt", "count": "0000"}, late_metadata=late)
+
+    file = read_safetensors(tmp_path / "file")
+    assert file.metadata == {"format": "pt", "count": "0001"}
+    assert torch.equal(file.read("key"), torch.ones(3))
+
+
+def test_an_existing_file_is_not_written_over(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="file"):
+        write_safetensors(tmp_path / "file", [], {})
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_does_not_exist_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="nowhere"):
+        write_safetensors(tmp_path / "nowhere" / "file", [], {})
+
+
+def test_a_full_disk_is_an_output_error(tmp_path):
+    script = """
+        import resource, signal, sys
+        from pathlib import Path
+        import torch
+        from lora_squeeze.errors import OutputError
+        from lora_squeeze.formats.tensors import Block, TensorSpec, write_safetensors
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # writing further fails, as on a full disk
+        block = Block((TensorSpec("key", "F32", (5000,), 20000),), lambda: [torch.ones(5000)])
+        try:
+            write_safetensors(Path(sys.argv[1]), [block], {})
+        except OutputError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path / "file"], capture_output=True, text=True, check=True
+    )
+    assert f"{tmp_path / 'file'}: cannot be written" in done.stdout
+
+
+def test_an_error_while_making_a_tensor_comes_through(tmp_path):
+    def fail() -> list[torch.Tensor]:
+        raise AdapterError("layer 7 is damaged")
+
+    good = Block((spec("good", torch.ones(3)),), lambda: [torch.ones(3)])
+    bad = Block((spec("bad", torch.ones(3)),), fail)
+    with pytest.raises(AdapterError, match="layer 7"):
+        write_safetensors(tmp_path / "file", [good, bad, good], {})
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_only_a_few_blocks_are_alive_while_writing(tmp_path, workers):
+    alive: set[int] = set()
+    most = 0
+
+    def make(place: int) -> list[torch.Tensor]:
+        nonlocal most
+        tensor = torch.full((50,), float(place))
+        alive.add(place)
+        weakref.finalize(tensor, alive.discard, place)
+        most = max(most, len(alive))
+        return [tensor]
+
+    one = torch.zeros(50)
+    many = [Block((spec(str(place), one),), lambda place=place: make(place)) for place in range(100)]
+    torch.set_num_threads(workers)
+    try:
+        write_safetensors(tmp_path / "file", many, {})
+    finally:
+        torch.set_num_threads(1)
+
+    assert all(tensor.eq(float(key)).all() for key, tensor in load_file(tmp_path / "file").items())
+    assert 1 <= most <= 3 * workers
+    assert not alive
+
+
+def test_memory_does_not_grow_with_the_adapter(tmp_path):
+    """64 layers of 4 MB are decomposed, squeezed and written; the process grows by a few layers."""
+    script = """
+        import resource, sys
+        from pathlib import Path
+        import torch
+        from lora_squeeze import decompose, fixed, open_adapter, squeeze
+        from lora_squeeze.formats.tensors import Block, TensorSpec, write_safetensors
+
+        def write(folder, layers):
+            folder.mkdir()
+            shapes = {"A": (8, 65536), "B": (65536, 8)}
+            blocks = []
+            for layer in range(layers):
+                keys = (f"layer{layer}.lora_{factor}.weight" for factor in shapes)
+                specs = tuple(TensorSpec(key, "F32", shapes[key[-8]], 4 * 8 * 65536) for key in keys)
+                blocks.append(Block(specs, lambda: [torch.randn(shape) for shape in shapes.values()]))
+            write_safetensors(folder / "adapter_model.safetensors", blocks, {"format": "pt"})
+            (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 8}')
+
+        def run(folder):
+            decomposition = decompose(open_adapter(folder))
+            squeeze(decomposition, fixed(decomposition.spectra, 4), folder / ".." / f"{folder.name}-out")
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        torch.set_num_threads(2)
+        small, large = Path(sys.argv[1], "small"), Path(sys.argv[1], "large")
+        write(small, 8)
+        write(large, 64)
+        print(run(small), run(large), (large / "adapter_model.safetensors").stat().st_size // 1024)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True, text=True, check=True
+    )
+    small, large, size = map(int, done.stdout.split())  # KiB
+    assert size > 250_000
+    assert large - small < 24_000
+
+
+# --- damaged and changing files ---------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "file"
+    save_file({"key": torch.zeros(4)}, path)
+    file = read_safetensors(path)
+    save_file({"key": torch.ones(4)}, tmp_path / "other")
+    (tmp_path / "other").replace(path)
+    with pytest.raises(AdapterError, match="changed while it was being read"):
+        file.read("key")
+    with pytest.raises(AdapterError, match="changed while it was being read"):
+        list(file.chunks("key"))
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "file"
+    save_file({"key": torch.zeros(4)}, path)
+    file = read_safetensors(path)
+    assert torch.equal(file.read("key"), torch.zeros(4))
+    with path.open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\1\1\1\1")
+    os.utime(path, ns=(1, 1))  # whatever the clock's resolution
+    with pytest.raises(AdapterError, match="changed while it was being read"):
+        file.read("key")
+
+
+def test_a_file_that_shrinks_or_goes_is_an_error_and_no_crash(tmp_path):
+    path = tmp_path / "file"
+    save_file({"key": torch.zeros(4000)}, path)
+    file = read_safetensors(path)
+    os.truncate(path, 1000)
+    with pytest.raises(AdapterError, match="file"):
+        file.read("key")
+    path.unlink()
+    with pytest.raises(AdapterError, match="'key'"):
+        file.read("key")
+
+
+def header(content: dict, data: bytes = b"") -> bytes:
+    text = json.dumps(content).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+DAMAGED = {
+    "empty": b"",
+    "half a length": b"\1\2\3",
+    "no header": struct.pack("<Q", 10),
+    "a header longer than the file": struct.pack("<Q", 1 << 60) + b"{}",
+    "not JSON": struct.pack("<Q", 2) + b"{]",
+    "not text": struct.pack("<Q", 2) + b"\xff\xff",
+    "a list": struct.pack("<Q", 2) + b"[]",
+    "too short": header({"key": entry(shape=(2,), offsets=(0, 8))}, b"1234"),
+    "too long": header({"key": entry()}, b"12345678"),
+    "shape and size that differ": header({"key": entry(shape=(3,))}, b"1234"),
+    "overlapping": header({"key": entry(), "other": entry()}, b"1234"),
+    "a gap": header({"key": entry(), "other": entry(offsets=(8, 12))}, b"123412341234"),
+    "negative offsets": header({"key": entry(offsets=(-4, 0))}, b"1234"),
+    "a negative shape": header({"key": entry(shape=(-1,))}, b"1234"),
+    "an unknown dtype": header({"key": entry(dtype="F33")}, b"1234"),
+    "metadata of numbers": header({"__metadata__": {"a": 1}, "key": entry()}, b"1234"),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(AdapterError, match=str(tmp_path / "file")):
+        read_safetensors(tmp_path / "file")
+
+
+def test_a_missing_file_or_a_folder_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(AdapterError, match=str(tmp_path / "nowhere")):
+        read_safetensors(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match=str(tmp_path)):
+        read_safetensors(tmp_path)
+
+
+def test_sha256_is_that_of_sha256sum(tmp_path):
+    content = bytes(range(256)) * 10_000
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    with pytest.raises(AdapterError, match="nowhere"):
+        sha256_of_file(tmp_path / "nowhere")
