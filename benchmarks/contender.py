@@ -8,6 +8,7 @@ cores, helper threads included, and torch is given N threads.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -134,7 +135,10 @@ def pin(cores: int) -> None:
 
 
 def warm_up() -> None:
-    """Torch's first call of each routine loads it: that belongs to the imports, for every contender."""
+    """What belongs to the imports, for every contender: torch loads each routine when it is first called.
+
+    And the imports leave enough garbage for a full collection, 0.1 s that would hit whoever allocates next.
+    """
     square = torch.randn(64, 64, dtype=torch.float64)
     torch.linalg.svd(square)
     torch.linalg.eigh(square @ square.T)
@@ -142,6 +146,7 @@ def warm_up() -> None:
     torch.linalg.cholesky_ex(square @ square.T)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(square.matmul, square).result()
+    gc.collect()
 
 
 def resident_mb(field: str) -> float:
