@@ -22,9 +22,10 @@ BF16_RATIO = 1.05  # target: relative to rounding the exact factors to bf16
 PREFIX = "base_model.model."
 
 INTRODUCTION = f"""\
-{SMALL.layers * len(SMALL.modules)} modules of a small Llama-like shape (hidden {SMALL.hidden}, ffn {SMALL.ffn}, kv {SMALL.kv}), rank 64 → {RANK}. The reference is the rank-{RANK} truncation of the float64 SVD of each dense ΔW.
-The adapter that was written is loaded back, ΔW' = scale · B · A is formed in float64, and the error is
-‖ΔW' − reference‖ / ‖reference‖ (Frobenius), for the worst module and over all modules together.
+{SMALL.layers * len(SMALL.modules)} modules of a small Llama-like shape (rank 64 → {RANK}, hidden {SMALL.hidden}, kv {SMALL.kv}).
+The reference is the rank-{RANK} truncation of the float64 SVD of each dense ΔW. The adapter that was written is
+loaded back, ΔW' = scale · B · A is formed in float64, and the error is ‖ΔW' − reference‖ / ‖reference‖ (Frobenius),
+for the worst module and over all modules together.
 
 bf16: what can be expected is what rounding the exact balanced factors U√S and √S Vᵀ to bf16 costs, so that is
 measured too. Ill-conditioned: both factors have condition number 1e10 and mixed columns, stored in float64.
