@@ -17,12 +17,13 @@ from lora_squeeze import compress_adapter
 from lora_squeeze.spectrum import METHODS
 
 SMALL = Shape("a small Llama shape", layers=2, hidden=512, ffn=1376, kv=128)
+MODULES = SMALL.layers * len(SMALL.modules)
 FLOAT32_ERROR = 1e-6  # target: relative to the exact truncation
 BF16_RATIO = 1.05  # target: relative to rounding the exact factors to bf16
 PREFIX = "base_model.model."
 
 INTRODUCTION = f"""\
-{SMALL.layers * len(SMALL.modules)} modules of a small Llama-like shape (rank 64 → {RANK}, hidden {SMALL.hidden}, kv {SMALL.kv}).
+{MODULES} modules of a small Llama-like shape (hidden {SMALL.hidden}, ffn {SMALL.ffn}, kv {SMALL.kv}), rank 64 → {RANK}.
 The reference is the rank-{RANK} truncation of the float64 SVD of each dense ΔW. The adapter that was written is
 loaded back, ΔW' = scale · B · A is formed in float64, and the error is ‖ΔW' − reference‖ / ‖reference‖ (Frobenius),
 for the worst module and over all modules together.
