@@ -463,7 +463,7 @@ def test_every_layer_may_have_its_own_rank(tmp_path):
         ({"unknown": 2}, "'unknown'"),
         ({"other": ...}, "'other'"),
         ({"layer": 5}, "'layer': rank 5"),
-        ({"layer": 0}, "'layer': rank 0"),
+        ({"layer": 0, "other": 0}, "nothing"),
         ({"layer": -1}, "'layer': rank -1"),
     ],
     ids=str,
@@ -473,6 +473,26 @@ def test_a_plan_that_does_not_fit_is_an_error(tmp_path, change, message):
     plan = {name: rank for name, rank in {"layer": 2, "other": 2, **change}.items() if rank is not ...}
     with pytest.raises(RankError, match=message):
         compress(adapter, Ranks("by hand", plan))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "v_proj", "down_proj"], r".*\.(q_proj|v_proj|down_proj)", "all-linear"],
+    ids=["list", "regex", "all-linear"],
+)
+@pytest.mark.parametrize("left_out", ["v_proj", "layers.0.", "layers.1.mlp.down_proj"])
+def test_a_layer_of_rank_zero_is_adapted_no_more(tmp_path, targets, left_out):
+    source = make_adapter(tmp_path / "adapter", target_modules=targets)
+    adapter = open_adapter(source)
+
+    squeeze(
+        adapter, Ranks("by hand", {name: 0 if left_out in name else 8 for name in adapter.layers}), tmp_path / "out"
+    )
+
+    before, after = updates(LLAMA, source), updates(LLAMA, tmp_path / "out")
+    assert set(after) == {name for name in before if left_out not in name}
+    assert 0 < len(after) < len(before)
+    assert all(torch.equal(after[name], before[name]) for name in after)
 
 
 # --- laziness ---------------------------------------------------------------------------------------------------

@@ -19,17 +19,22 @@ def check_output(output: Path, *, source: Path | None, overwrite: bool) -> None:
 
     Meant to be asked before any work is done. Raises OutputError.
     """
-    target = output.resolve()
-    if source is not None:
-        origin = source.resolve()
-        if target == origin:
-            raise OutputError(f"{output}: output and source are the same folder; choose another output")
-        if origin in target.parents or target in origin.parents:
-            raise OutputError(f"{output}: the output may not lie inside the source or around it; choose another output")
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output}: exists and is not a folder; choose another output")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
+    try:
+        target = output.resolve()
+        if source is not None:
+            origin = source.resolve()
+            if target == origin:
+                raise OutputError(f"{output}: output and source are the same folder; choose another output")
+            if origin in target.parents or target in origin.parents:
+                raise OutputError(
+                    f"{output}: the output may not lie inside the source or around it; choose another output"
+                )
+        if output.exists() and not output.is_dir():
+            raise OutputError(f"{output}: exists and is not a folder; choose another output")
+        if output.is_dir() and any(output.iterdir()) and not overwrite:
+            raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be used as output: {error.strerror}") from error
 
 
 @contextmanager
