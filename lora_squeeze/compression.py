@@ -47,17 +47,19 @@ def compress(
 
     All layers come out with one effective scale, the most common one of the source; where a layer
     had another, the difference goes into its factors. So a runtime that ignores rank_pattern and
-    alpha_pattern still applies the right scale.
+    alpha_pattern still applies the right scale. A layer with a trained bias (lora_bias) keeps its own:
+    the scale holds for the bias, too.
     Raises RankError if the plan does not fit the adapter.
     """
     adapter = source.adapter if isinstance(source, Decomposition) else source
     _check_plan(adapter, ranks)
     scale = _shared_scale(adapter)
+    biased = {_module_of(tensor.key) for tensor in adapter.pass_through if tensor.key.endswith(".lora_B.bias")}
     layers = {
         name: replace(
             spec,
             rank=ranks.by_layer[name],
-            scale=scale,
+            scale=spec.scale if name in biased else scale,
             down_dtype=dtype or spec.down_dtype,
             up_dtype=dtype or spec.up_dtype,
         )

@@ -74,6 +74,8 @@ def variance(
     the source rank does.
     """
     _check_fraction("variance", keep)
+    if by not in ("mean", "worst"):
+        raise RankError(f"by '{by}' is not possible: the mean or the worst layer must reach it")
     source_rank = max((s.rank for s in spectra), default=1)
     curve = {"mean": _mean, "worst": min}[by]
     for rank in candidate_ranks(source_rank, candidates):

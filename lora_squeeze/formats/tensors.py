@@ -54,7 +54,7 @@ _CHUNK = 1 << 20
 
 def dtype_name(dtype: torch.dtype) -> str:
     """safetensors' spelling of a floating-point torch dtype. Raises KeyError for other dtypes."""
-    return next(name for name, known in DTYPES.items() if known is dtype)
+    return {known: name for name, known in DTYPES.items()}[dtype]
 
 
 @dataclass(frozen=True)
