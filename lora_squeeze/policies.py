@@ -281,7 +281,7 @@ def parse_policy(spelling: str) -> Policy:
     read = {"fixed": int, "size": _read_size}.get(name, float)
     try:
         value: Any = read(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise RankError(f"policy '{spelling}': '{text}' is not a value that {name} can take") from None
     return Policy(spelling, name, partial(_call, POLICIES[name], value))
 
@@ -320,7 +320,7 @@ def _call(policy: Callable[..., Ranks], value: Any, spectra: Sequence[Spectrum],
 
 
 def _read_size(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([KMG]?i?B)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"([\d.]+)\s*([KMG]i?B|B)?", text, re.IGNORECASE)
     if match is None:
         raise ValueError(text)
     return math.floor(float(match[1]) * _BYTES[(match[2] or "").upper()])

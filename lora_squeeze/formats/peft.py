@@ -116,7 +116,7 @@ def write_peft(adapter: Adapter, folder: Path) -> Path:
 
 def peft_size(adapter: Adapter) -> int:
     """The exact size in bytes of the weights that `write_peft` would write; computes no tensor."""
-    return safetensors_size((spec for block in _blocks(adapter) for spec in block.specs), _metadata(adapter))
+    return safetensors_size(_blocks(adapter), _metadata(adapter))
 
 
 def _blocks(adapter: Adapter) -> list[Block]:
