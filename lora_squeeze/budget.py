@@ -91,7 +91,7 @@ def _ladder(spectra: Sequence[Spectrum], group: Group, cost: Callable[[Spectrum]
     price = _cost(spectra, group, cost)
     allowed = group.allowed
     if not others and isinstance(allowed, range):
-        values = first.singular_values[allowed[0] : allowed[-1]]
+        values = [value for value in first.singular_values[allowed[0] : allowed[-1]] if value > 0]
         steps = len(values)
         return _Ladder(
             name=first.name,
@@ -105,7 +105,8 @@ def _ladder(spectra: Sequence[Spectrum], group: Group, cost: Callable[[Spectrum]
         energy = _energy(spectra, group, rank)
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], (rank, energy)):
             hull.pop()
-        hull.append((rank, energy))
+        if energy > hull[-1][1]:
+            hull.append((rank, energy))
     return _Ladder(
         name=first.name,
         negative_ratios=[-_slope(low, high) / price for low, high in zip(hull, hull[1:])],  # noqa: B905, RUF007

@@ -12,13 +12,13 @@ from functools import cache, partial
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
 from lora_squeeze.decomposition import Decomposition, spectrum_of
-from lora_squeeze.errors import RankError
+from lora_squeeze.errors import RankError, SettingsError
 from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES
 from lora_squeeze.policies import Cost
 from lora_squeeze.records import Ranks, SqueezedLayer
 from lora_squeeze.serving import fit
-from lora_squeeze.spectrum import Basis, Truncation, basis, truncate
+from lora_squeeze.spectrum import Basis, Truncation, basis, check_device, truncate
 from lora_squeeze.version import __version__
 
 __all__ = ["compress", "file_cost"]
@@ -52,6 +52,9 @@ def compress(
     Raises RankError if the plan does not fit the adapter.
     """
     adapter = source.adapter if isinstance(source, Decomposition) else source
+    check_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise SettingsError(f"dtype '{dtype}' is not known; known are {', '.join(DTYPES)}")
     _check_plan(adapter, ranks)
     scale = _shared_scale(adapter)
     biased = {_module_of(tensor.key) for tensor in adapter.pass_through if tensor.key.endswith(".lora_B.bias")}

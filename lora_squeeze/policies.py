@@ -83,13 +83,13 @@ def variance(
             break
     else:
         rank = source_rank
-    return _limited(f"variance={keep:g}", spectra, [min(rank, s.rank) for s in spectra], limits)
+    return _limited(f"variance={_spell(keep)}", spectra, [min(rank, s.rank) for s in spectra], limits)
 
 
 def energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer the smallest k with Σ_{i≤k} σ² ≥ keep · Σ σ² (PEFT's fractional rank, kohya's sv_fro)."""
     _check_fraction("energy", keep)
-    return _per_layer(f"energy={keep:g}", spectra, lambda s: _first_reaching(s.cumulative_energy, keep), limits)
+    return _per_layer(f"energy={_spell(keep)}", spectra, lambda s: _first_reaching(s.cumulative_energy, keep), limits)
 
 
 def cumulative(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -99,25 +99,25 @@ def cumulative(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_
     def rank(spectrum: Spectrum) -> int:
         return _first_reaching(tuple(accumulate(spectrum.singular_values, initial=0.0)), keep)
 
-    return _per_layer(f"cumulative={keep:g}", spectra, rank, limits)
+    return _per_layer(f"cumulative={_spell(keep)}", spectra, rank, limits)
 
 
 def sigma_ratio(spectra: Sequence[Spectrum], ratio: float, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer the components with σ_i ≥ σ_1 / ratio (kohya's sv_ratio). `ratio` is at least 1."""
     if not ratio >= 1:
-        raise RankError(f"sigma-ratio={ratio:g} is not possible: it is σ_1/σ_k, at least 1")
+        raise RankError(f"sigma-ratio={_spell(ratio)} is not possible: it is σ_1/σ_k, at least 1")
 
     def rank(spectrum: Spectrum) -> int:
         return sum(value * ratio >= spectrum.singular_values[0] for value in spectrum.singular_values)
 
-    return _per_layer(f"sigma-ratio={ratio:g}", spectra, rank, limits)
+    return _per_layer(f"sigma-ratio={_spell(ratio)}", spectra, rank, limits)
 
 
 def stable_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer ⌈times · ‖ΔW‖_F² / σ_1²⌉: the stable rank (Rudelson & Vershynin, 2007)."""
     _check_positive("stable-rank", times)
     return _per_layer(
-        f"stable-rank={times:g}", spectra, lambda s: math.ceil(times * s.energy / s.singular_values[0] ** 2), limits
+        f"stable-rank={_spell(times)}", spectra, lambda s: _ceil(times * s.energy / s.singular_values[0] ** 2), limits
     )
 
 
@@ -128,9 +128,9 @@ def effective_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: L
     def rank(spectrum: Spectrum) -> int:
         total = sum(spectrum.singular_values)
         shares = [value / total for value in spectrum.singular_values if value > 0]
-        return math.ceil(times * math.exp(-sum(share * math.log(share) for share in shares)) - 1e-9)
+        return _ceil(times * math.exp(-sum(share * math.log(share) for share in shares)))
 
-    return _per_layer(f"effective-rank={times:g}", spectra, rank, limits)
+    return _per_layer(f"effective-rank={_spell(times)}", spectra, rank, limits)
 
 
 def optimal_threshold(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -146,7 +146,7 @@ def optimal_threshold(spectra: Sequence[Spectrum], times: float = 1.0, *, limits
         threshold = times * 2.858 * median(spectrum.singular_values)
         return sum(value > threshold for value in spectrum.singular_values)
 
-    return _per_layer(f"optimal-threshold={times:g}", spectra, rank, limits)
+    return _per_layer(f"optimal-threshold={_spell(times)}", spectra, rank, limits)
 
 
 def knee(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -156,9 +156,9 @@ def knee(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO
     def rank(spectrum: Spectrum) -> int:
         sums, count = spectrum.cumulative_energy, len(spectrum.singular_values)
         rises = [total / sums[-1] - k / count for k, total in enumerate(sums)]
-        return math.ceil(times * rises.index(max(rises)))
+        return _ceil(times * rises.index(max(rises)))
 
-    return _per_layer(f"knee={times:g}", spectra, rank, limits)
+    return _per_layer(f"knee={_spell(times)}", spectra, rank, limits)
 
 
 def para_rank(spectra: Sequence[Spectrum], fraction: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -169,8 +169,8 @@ def para_rank(spectra: Sequence[Spectrum], fraction: float, *, limits: Limits = 
     """
     _check_fraction("para-rank", fraction)
     found = groups(spectra, limits)
-    count = math.ceil(fraction * sum(s.rank for s in spectra) - 1e-9)
-    return _planned(f"para-rank={fraction:g}", spectra, found, most_energy(spectra, found, lambda _: 1, count))
+    count = _ceil(fraction * sum(s.rank for s in spectra))
+    return _planned(f"para-rank={_spell(fraction)}", spectra, found, most_energy(spectra, found, lambda _: 1, count))
 
 
 def para_energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -181,7 +181,7 @@ def para_energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO
     _check_fraction("para-energy", keep)
     found = groups(spectra, limits)
     target = keep * sum(s.energy for s in spectra)
-    return _planned(f"para-energy={keep:g}", spectra, found, cheapest_for_energy(spectra, found, target))
+    return _planned(f"para-energy={_spell(keep)}", spectra, found, cheapest_for_energy(spectra, found, target))
 
 
 def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -194,12 +194,16 @@ def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LI
     within one component of the optimum (see `lora_squeeze.budget`).
     """
     _check_positive("params", budget)
-    whole = sum(s.rank * s.component_size for s in spectra)
     found = groups(spectra, limits)
-    ranks = most_energy(
-        spectra, found, lambda s: s.component_size, math.floor(budget * whole if budget <= 1 else budget)
+    allowed = math.floor(budget * sum(s.rank * s.component_size for s in spectra) if budget <= 1 else budget)
+    smallest = _smallest(found, lambda member: spectra[member].component_size)
+    least = sum(
+        rank * spectra[m].component_size for rank, group in zip(smallest, found, strict=True) for m in group.members
     )
-    return _planned(f"params={budget:g}", spectra, found, ranks)
+    if allowed < least:
+        raise RankError(f"params={_spell(budget)} is not possible: the smallest ranks allowed have {least} parameters")
+    ranks = most_energy(spectra, found, lambda s: s.component_size, allowed)
+    return _planned(f"params={_spell(budget)}", spectra, found, ranks)
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,9 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
         ranks = most_energy(spectra, found, lambda s: cost.component_bytes[s.name], bytes_for_factors)
         return _planned(f"size={budget}", spectra, found, ranks)
 
-    smallest = _planned(f"size={budget}", spectra, found, _smallest(spectra, found, cost))
+    smallest = _planned(
+        f"size={budget}", spectra, found, _smallest(found, lambda member: cost.component_bytes[spectra[member].name])
+    )
     if (least := cost.file_size(smallest)) > budget:
         raise RankError(f"size={budget} is not possible: the smallest ranks allowed make a file of {least} bytes")
     # The header grows with the layers that are kept, so its size is known only with the plan.
@@ -305,12 +311,12 @@ def retention_curve(spectra: Iterable[Spectrum], rank: int) -> list[float]:
     return [s.retained_variance(rank) for s in spectra if s.energy > 0] or [1.0]
 
 
-def _smallest(spectra: Sequence[Spectrum], found: Sequence[Group], cost: Cost) -> list[int]:
+def _smallest(found: Sequence[Group], price: Callable[[int], int]) -> list[int]:
     """The least that may be written: the smallest allowed ranks, but one component at least."""
     ranks = [group.allowed[0] for group in found]
     if not any(ranks):
-        prices = [sum(cost.component_bytes[spectra[m].name] for m in group.members) for group in found]
-        cheapest = min(range(len(found)), key=lambda position: found[position].round_up(1) * prices[position])
+        least = [group.round_up(1) * sum(map(price, group.members)) for group in found]
+        cheapest = least.index(min(least))
         ranks[cheapest] = found[cheapest].round_up(1)
     return ranks
 
@@ -353,15 +359,24 @@ def _first_reaching(sums: Sequence[float], keep: float) -> int:
     return next(k for k, total in enumerate(sums) if total >= target)
 
 
+def _ceil(value: float) -> int:
+    """Rounded up, but not because of the last digits of a product."""
+    return math.ceil(value * (1 - 1e-9))
+
+
+def _spell(value: float) -> str:
+    return f"{value:.12g}"
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
 def _check_fraction(policy: str, value: float) -> None:
     if not 0 < value <= 1:
-        raise RankError(f"{policy}={value:g} is not possible: it is a fraction above 0 and up to 1")
+        raise RankError(f"{policy}={_spell(value)} is not possible: it is a fraction above 0 and up to 1")
 
 
 def _check_positive(policy: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
-        raise RankError(f"{policy}={value:g} is not possible: it is above 0")
+        raise RankError(f"{policy}={_spell(value)} is not possible: it is above 0")
