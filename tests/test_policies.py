@@ -56,8 +56,11 @@ def test_fixed_refuses_ranks_below_one(rank):
     ],
 )
 def test_variance_takes_the_smallest_rank_that_retains_enough(keep, by, rank):
-    ranks = variance([STEEP, FLAT], keep, by=by)
-    assert ranks == Ranks(f"variance={keep:g}", {"steep": rank, "flat": rank})
+    assert variance([STEEP, FLAT], keep, by=by).by_layer == {"steep": rank, "flat": rank}
+
+
+def test_variance_names_its_policy():
+    assert variance([STEEP], 0.9).policy == "variance=0.9"
 
 
 def test_variance_looks_at_the_candidates_only():

@@ -15,6 +15,8 @@ import pytest
 
 import lora_squeeze
 from lora_squeeze.cli import main
+from lora_squeeze.formats import FORMATS
+from lora_squeeze.policies import POLICIES
 from lora_squeeze.settings import SqueezeSettings
 from lora_squeeze.version import __version__
 
@@ -209,13 +211,19 @@ def test_every_command_is_in_the_readme(name):
 @pytest.mark.parametrize("name", main.commands)
 def test_every_option_is_documented(name):
     text = documentation()
-    options = [opt for one in main.commands[name].params if isinstance(one, click.Option) for opt in one.opts]
-    assert [option for option in options if option.startswith("--") and option not in text] == []
+    options = [one for one in main.commands[name].params if isinstance(one, click.Option)]
+    spelled = lambda opts: "|".join(rf"(?<![\w-]){opt}(?![\w-])" for opt in opts)  # noqa: E731
+    assert [one.opts for one in options if not re.search(spelled(one.opts), text)] == []
 
 
 def test_every_key_of_squeeze_settings_is_documented():
     text = documentation()
     assert [key for key in SqueezeSettings.__dataclass_fields__ if key not in text] == []
+
+
+def test_every_policy_and_format_is_documented():
+    text = documentation()
+    assert [name for name in (*POLICIES, *FORMATS) if name not in text.replace("PEFT", "peft")] == []
 
 
 def test_both_functions_of_the_document_are_in_the_readme():
@@ -234,7 +242,7 @@ def test_documented_command_lines_can_be_parsed():
 
 
 def test_documented_python_is_python_and_imports_what_exists():
-    sources = blocks(documentation(), "python", "py")
+    sources = [block for block in blocks(documentation(), "python", "py") if "import " in block]
     assert sources
     for source in sources:
         for node in ast.walk(ast.parse(source)):
