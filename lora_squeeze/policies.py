@@ -17,7 +17,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Any, Literal
 
-from lora_squeeze.budget import cheapest_for_energy, most_energy
+from lora_squeeze.budget import cheapest_for_energy, most_energy, price_of
 from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Group, Limits, Ranked, groups
 from lora_squeeze.records import Ranks, Spectrum
@@ -170,7 +170,10 @@ def para_rank(spectra: Sequence[Spectrum], fraction: float, *, limits: Limits = 
     _check_fraction("para-rank", fraction)
     found = groups(spectra, limits)
     count = _ceil(fraction * sum(s.rank for s in spectra))
-    return _planned(f"para-rank={_spell(fraction)}", spectra, found, most_energy(spectra, found, lambda _: 1, count))
+    ranks = most_energy(spectra, found, _one, count)
+    return _planned(
+        f"para-rank={_spell(fraction)}", spectra, found, ranks if any(ranks) else _smallest(spectra, found, _one)
+    )
 
 
 def para_energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -196,14 +199,16 @@ def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LI
     _check_positive("params", budget)
     found = groups(spectra, limits)
     allowed = math.floor(budget * sum(s.rank * s.component_size for s in spectra) if budget <= 1 else budget)
-    smallest = _smallest(found, lambda member: spectra[member].component_size)
-    least = sum(
-        rank * spectra[m].component_size for rank, group in zip(smallest, found, strict=True) for m in group.members
-    )
+
+    def cost(spectrum: Spectrum) -> int:
+        return spectrum.component_size
+
+    smallest = _smallest(spectra, found, cost)
+    least = sum(price_of(spectra, group, rank, cost) for rank, group in zip(smallest, found, strict=True))
     if allowed < least:
         raise RankError(f"params={_spell(budget)} is not possible: the smallest ranks allowed have {least} parameters")
-    ranks = most_energy(spectra, found, lambda s: s.component_size, allowed)
-    return _planned(f"params={_spell(budget)}", spectra, found, ranks)
+    ranks = most_energy(spectra, found, cost, allowed)
+    return _planned(f"params={_spell(budget)}", spectra, found, ranks if any(ranks) else smallest)
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,7 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
         return _planned(f"size={budget}", spectra, found, ranks)
 
     smallest = _planned(
-        f"size={budget}", spectra, found, _smallest(found, lambda member: cost.component_bytes[spectra[member].name])
+        f"size={budget}", spectra, found, _smallest(spectra, found, lambda s: cost.component_bytes[s.name])
     )
     if (least := cost.file_size(smallest)) > budget:
         raise RankError(f"size={budget} is not possible: the smallest ranks allowed make a file of {least} bytes")
@@ -236,7 +241,7 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
     while True:
         try:
             ranks = plan(available)
-        except RankError:
+        except RankError:  # nothing fits beside the header
             return smallest
         excess = cost.file_size(ranks) - budget
         if excess <= 0:
@@ -311,14 +316,23 @@ def retention_curve(spectra: Iterable[Spectrum], rank: int) -> list[float]:
     return [s.retained_variance(rank) for s in spectra if s.energy > 0] or [1.0]
 
 
-def _smallest(found: Sequence[Group], price: Callable[[int], int]) -> list[int]:
+def _smallest(spectra: Sequence[Spectrum], found: Sequence[Group], cost: Callable[[Spectrum], int]) -> list[int]:
     """The least that may be written: the smallest allowed ranks, but one component at least."""
     ranks = [group.allowed[0] for group in found]
     if not any(ranks):
-        least = [group.round_up(1) * sum(map(price, group.members)) for group in found]
-        cheapest = least.index(min(least))
-        ranks[cheapest] = found[cheapest].round_up(1)
+        prices = {
+            position: price_of(spectra, group, group.round_up(1), cost)
+            for position, group in enumerate(found)
+            if group.allowed[-1] > 0
+        }
+        if prices:
+            cheapest = min(prices, key=prices.__getitem__)
+            ranks[cheapest] = found[cheapest].round_up(1)
     return ranks
+
+
+def _one(_spectrum: Spectrum) -> int:
+    return 1
 
 
 def _call(policy: Callable[..., Ranks], value: Any, spectra: Sequence[Spectrum], **options: Any) -> Ranks:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -287,7 +288,7 @@ def test_only_a_few_blocks_are_alive_while_writing(tmp_path, workers):
 
 
 def test_memory_does_not_grow_with_the_adapter(tmp_path):
-    """64 layers of 4 MB are decomposed, squeezed and written; the process grows by a few layers."""
+    """40 layers of 4 MB are decomposed, squeezed and written; the process grows by a few layers."""
     script = """
         import resource, sys
         from pathlib import Path
@@ -314,14 +315,16 @@ def test_memory_does_not_grow_with_the_adapter(tmp_path):
         torch.set_num_threads(2)
         small, large = Path(sys.argv[1], "small"), Path(sys.argv[1], "large")
         write(small, 8)
-        write(large, 64)
+        write(large, 40)
         print(run(small), run(large), (large / "adapter_model.safetensors").stat().st_size // 1024)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True, text=True, check=True
     )
+    shutil.rmtree(tmp_path)  # pytest would keep it
     small, large, size = map(int, done.stdout.split())  # KiB
-    assert size > 250_000
+    assert size > 150_000
+    print(large-small)
     assert large - small < 24_000
 
 
