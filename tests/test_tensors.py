@@ -324,7 +324,6 @@ def test_memory_does_not_grow_with_the_adapter(tmp_path):
     shutil.rmtree(tmp_path)  # pytest would keep it
     small, large, size = map(int, done.stdout.split())  # KiB
     assert size > 150_000
-    print(large-small)
     assert large - small < 24_000
 
 
