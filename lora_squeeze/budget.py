@@ -75,7 +75,10 @@ def cheapest_for_energy(spectra: Sequence[Spectrum], groups: Sequence[Group], en
     while kept(steps) < energy * (1 - 1e-12):
         position = next(following, None)
         if position is None:
-            raise RankError("the limits on the ranks do not allow that much energy to be kept")
+            whole = sum(spectrum.energy for spectrum in spectra)
+            raise RankError(
+                f"the limits on the ranks allow {kept(steps) / whole:.6g} of the energy to be kept, no more"
+            )
         steps[position] += 1
     return [ladder.ranks[step] for ladder, step in zip(ladders, steps, strict=True)]
 
