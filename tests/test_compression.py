@@ -142,25 +142,33 @@ def test_rank_and_scale_of_names_that_look_like_patterns(tmp_path):
         assert relative(after[name], truncation(before[name], rank)) < 1e-6
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}])
+class _Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mha = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.head(self.mha(x, x, x)[0])
+
+
+_VECTORS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
+ATTENDING = Base(_Attending, (_VECTORS,), {"target_modules": ["mha", "head"]})
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"alpha_pattern": {"mha": 4}}], ids=str)
 def test_a_multihead_attention_keeps_its_promise(tmp_path, lora):
-    class Attending(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.mha = nn.MultiheadAttention(16, 4, batch_first=True)
-            self.head = nn.Linear(16, 16)
-
-        def forward(self, x):
-            return self.head(self.mha(x, x, x)[0])
-
-    inputs = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
-    base = Base(Attending, (inputs,), {"target_modules": ["mha", "head"]})
-    source = make_adapter(tmp_path / "adapter", base, **lora)
-
+    source = make_adapter(tmp_path / "adapter", ATTENDING, **lora)
     compress_adapter(source, tmp_path / "out", 3)
+    assert relative(effect(ATTENDING, tmp_path / "out"), effect(ATTENDING, source, truncated_to=3)) <= 1e-5
 
-    assert relative(effect(base, tmp_path / "out"), effect(base, source, truncated_to=3)) <= 1e-5
+
+def test_both_layers_of_a_multihead_attention_need_one_rank(tmp_path):
+    adapter = open_adapter(make_adapter(tmp_path / "adapter", ATTENDING))
+    plan = {name: 3 if name == "mha" else 5 for name in adapter.layers}
+    with pytest.raises(RankError, match=r"mha\.base_layer\.out_proj"):  # PEFT has one pattern for both
+        squeeze(adapter, Ranks("by hand", plan), tmp_path / "out")
 
 
 # --- the configuration ------------------------------------------------------------------------------------------
