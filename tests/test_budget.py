@@ -331,6 +331,18 @@ def test_size_is_the_largest_file_within_the_budget(tmp_path, uneven, dtype, fra
         assert budget - found < cheapest + header_growth + 16
 
 
+@pytest.mark.parametrize("fraction", [0.2, 0.3, 0.4, 0.55, 0.71, 0.9])
+def test_the_remainder_is_filled_until_no_component_fits(uneven, fraction):
+    cost = file_cost(uneven.adapter)
+    budget = math.floor(fraction * whole_file(uneven))
+    plan = size(uneven.spectra, budget, cost=cost)
+    for s in uneven.spectra:
+        rank = plan.by_layer[s.name]
+        if rank < len(s.singular_values):
+            more = Ranks(plan.policy, {**plan.by_layer, s.name: rank + 1})
+            assert cost.file_size(more) > budget, (s.name, cost.file_size(more), budget)
+
+
 def header(cost, plan, decomposition):
     """What of a file is not factors."""
     factors = sum(cost.component_bytes[s.name] * plan.by_layer[s.name] for s in decomposition.spectra)
