@@ -62,7 +62,7 @@ def compress(
         name: replace(
             spec,
             rank=ranks.by_layer[name],
-            scale=spec.scale if name in biased else scale,
+            scale=spec.scale if whole(name) in biased else scale,
             down_dtype=dtype or spec.down_dtype,
             up_dtype=dtype or spec.up_dtype,
         )
