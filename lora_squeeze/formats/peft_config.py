@@ -193,15 +193,25 @@ def _targets_for(adapter: Adapter) -> dict[str, Any]:
     if not adapter.left_out:
         return {}
     targets, excluded = adapter.config.get("target_modules"), adapter.config.get("exclude_modules")
-    left_out = list(adapter.left_out)
+    left_out, kept = list(adapter.left_out), {whole(name) for name in adapter.layers}
     if isinstance(targets, list):
-        targets = [target for target in targets if any(targeted(name, target) for name in adapter.layers)]
+        targets = [target for target in targets if any(targeted(name, target) for name in kept)]
         left_out = [name for name in left_out if any(targeted(name, target) for target in targets)]
-    if left_out and isinstance(excluded, str):
-        excluded = "|".join((f"({excluded})", *map(re.escape, left_out)))
-    elif left_out:
-        excluded = [*(excluded or ()), *left_out]
-    return {"target_modules": targets, "exclude_modules": excluded}
+    return {"target_modules": targets, "exclude_modules": _excluding(excluded, left_out, kept)}
+
+
+def _excluding(excluded: Any, left_out: list[str], kept: Iterable[str]) -> Any:
+    """exclude_modules with these names added: as a list, or as one expression where names end in one another."""
+    if not left_out:
+        return excluded
+    if not isinstance(excluded, str):
+        listed: list[str] = list(excluded or ())
+        if not any(targeted(name, gone) for name in kept for gone in left_out):
+            return [*listed, *left_out]
+        return "|".join((*(rf"(.*\.)?{re.escape(name)}" for name in listed), *map(re.escape, left_out)))
+    flags = re.match(r"\(\?([aiLmsux]+)\)", excluded)
+    expression = f"(?{flags[1]}:{excluded[flags.end() :]})" if flags else f"({excluded})"
+    return "|".join((expression, *map(re.escape, left_out)))
 
 
 def targeted(name: str, target: str) -> bool:
