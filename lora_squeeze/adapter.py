@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Adapter", "LayerSpec", "LoraLayer", "PassThrough"]
+__all__ = ["Adapter", "LayerSpec", "LoraLayer", "PassThrough", "whole"]
+
+
+def whole(name: str) -> str:
+    """The module or parameter that a layer is a part of.
+
+    Where one stored module holds several matrices, each of them is a layer named MODULE#PART: expert 3
+    of a three-dimensional parameter is `layers.0.mlp.experts.down_proj#3`. As the format has one rank
+    for the module, all its parts get the same, and none can be left out.
+    """
+    return name.partition("#")[0]
 
 
 @dataclass(frozen=True)
@@ -21,10 +31,14 @@ class LayerSpec:
         the effective scale: ΔW = scale · up · down.
     down_dtype, up_dtype
         of the stored factors, in safetensors' spelling ("BF16", "F32", …).
+    name
+        as the format's rules see it; parts of one module are named MODULE#PART (see `whole`).
     kind
-        "linear", "conv" or "embedding": how the format stores the two matrices.
+        "linear", "conv", "embedding" or "expert": how the format stores the two matrices.
     kernel
         the trailing dimensions of a convolution's kernel; they count into `in_features`.
+    stored_as
+        the module's name in the file, where that is another than the layer's.
     """
 
     name: str
@@ -36,6 +50,7 @@ class LayerSpec:
     up_dtype: str
     kind: str = "linear"
     kernel: tuple[int, ...] = ()
+    stored_as: str = ""
 
     @property
     def parameters(self) -> int:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 
-from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
+from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, whole
 from lora_squeeze.decomposition import Decomposition, spectrum_of
 from lora_squeeze.errors import RankError, SettingsError
 from lora_squeeze.formats import weights_size
@@ -62,7 +62,7 @@ def compress(
         name: replace(
             spec,
             rank=ranks.by_layer[name],
-            scale=spec.scale if name in biased else scale,
+            scale=spec.scale if whole(name) in biased else scale,
             down_dtype=dtype or spec.down_dtype,
             up_dtype=dtype or spec.up_dtype,
         )
@@ -123,6 +123,13 @@ def _check_plan(adapter: Adapter, ranks: Ranks) -> None:
         if rank == 0 and name in companions:
             raise RankError(
                 f"layer '{name}' cannot be left out, as '{companions[name]}' would be lost; set a min_rank of 1"
+            )
+    modules: dict[str, int] = {}
+    for name, rank in ranks.by_layer.items():
+        if name != whole(name) and (rank == 0 or modules.setdefault(whole(name), rank) != rank):
+            raise RankError(
+                f"layer '{name}': rank {rank} is not possible: it is stored together with all of '{whole(name)}', "
+                "and these have one rank of at least 1"
             )
     if not any(ranks.by_layer.values()):
         raise RankError("every layer has rank 0: that would leave nothing of the adapter")

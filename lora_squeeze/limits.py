@@ -2,7 +2,8 @@
 
 A pattern matches a layer as PEFT matches rank_pattern: re.match(rf"(.*\\.)?({pattern})$", name), so
 "q_proj" names every module of that name and r"layers\\.0\\..*" everything in layer 0. The first
-pattern that matches decides.
+pattern that matches decides. Parts of one module (MODULE#PART) match as their module does, get one
+rank and are never left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lora_squeeze.adapter import whole
 from lora_squeeze.errors import RankError
 
 __all__ = ["EQUAL", "NO_LIMITS", "Group", "Limits", "Ranked", "groups"]
@@ -20,7 +22,7 @@ __all__ = ["EQUAL", "NO_LIMITS", "Group", "Limits", "Ranked", "groups"]
 # Named groups for `equal`: what is replaced by "*" to find the layers that belong together.
 EQUAL = {
     "qkv": r"\b(q|k|v|to_q|to_k|to_v|query|key|value)(_proj|_lin)?\b",
-    "experts": r"\bexperts\.\d+\b",
+    "experts": r"\bexperts\.\d+\b|#\d+$",
 }
 
 
@@ -90,7 +92,7 @@ def groups(layers: Sequence[Ranked], limits: Limits, *, least: int = 0) -> list[
     for position, (layer, key) in enumerate(zip(layers, keys, strict=True)):
         members.setdefault(key, []).append(position)
         for number, (expression, rank) in enumerate(overrides):
-            if expression.match(layer.name):
+            if expression.match(whole(layer.name)):
                 used.add(number)
                 if forced.setdefault(key, rank) != rank:
                     raise RankError(
@@ -101,18 +103,20 @@ def groups(layers: Sequence[Ranked], limits: Limits, *, least: int = 0) -> list[
     for number, (expression, _) in enumerate(overrides):
         if number not in used:
             pattern = limits.rank_for[number][0]
-            if any(expression.match(layer.name) for layer in layers):
+            if any(expression.match(whole(layer.name)) for layer in layers):
                 raise RankError(f"rank_for '{pattern}' decides nothing: a pattern before it matches the same layers")
             raise RankError(f"rank_for '{pattern}' matches no layer; the first layer is '{layers[0].name}'")
     least = least if limits.min_rank is None else limits.min_rank
-    cache: dict[int, Sequence[int]] = {}
+    cache: dict[tuple[int, int], Sequence[int]] = {}
     found: list[Group] = []
     for key, positions in members.items():
         own = max(layers[position].rank for position in positions)
+        parts = any(layers[position].name != whole(layers[position].name) for position in positions)
+        lowest = max(least, 1) if parts else least
         if key in forced:
             allowed: Sequence[int] = (min(forced[key], own),)
         else:
-            allowed = cache.setdefault(own, _allowed(own, limits, least))
+            allowed = cache.setdefault((own, lowest), _allowed(own, limits, lowest))
         found.append(Group(tuple(positions), allowed))
     return found
 
@@ -159,7 +163,7 @@ def _group_keys(layers: Sequence[Ranked], equal: Iterable[str]) -> list[str]:
         if replaced == keys:
             raise RankError(f"equal '{pattern}' matches no layer; the first layer is '{layers[0].name}'")
         keys = replaced
-    return keys
+    return [whole(key) for key in keys]
 
 
 def _allowed(own: int, limits: Limits, least: int) -> Sequence[int]:
