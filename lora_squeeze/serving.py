@@ -194,7 +194,8 @@ def _misread(adapter: Adapter, rules: Runtime, what_to_do: str) -> list[Problem]
             return [Problem(f"layers differ in rank ({min(ranks)} to {max(ranks)})", f"{what_to_do}: it pads them")]
         for name, default in values.items():
             if any(value != default for value in (config.get(name) or {}).values()):
-                return [Problem(f"{name} asks for another rank or scale than r and lora_alpha, which is rejected", what_to_do)]
+                what = f"{name} asks for another rank or scale than r and lora_alpha, which is rejected"
+                return [Problem(what, what_to_do)]
         if ranks != {rank}:
             return [Problem(f"the layers have rank {max(ranks)}, but r is {rank}", what_to_do)]
     if config.get("use_rslora") and not rules.rslora:
