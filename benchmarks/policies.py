@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.progress import track
 
 from benchmarks.machine import describe, table
@@ -48,6 +49,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200, help="held-out questions for the language model")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "policy-comparison.md")
     options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     sections = [_intro()]
     for title, folder, evaluate in (
         ("MiniLM, TREC with 50 classes", ROOT / "build/demo/original", _classifier()),
@@ -56,7 +59,7 @@ def main() -> None:
         if not folder.exists():
             raise SystemExit(f"{folder} is missing: run make demo demo-lm first")
         sections.append(_section(title, folder, evaluate))
-    options.out.write_text("\n".join(sections), encoding="utf-8")
+        options.out.write_text("\n".join(sections), encoding="utf-8")
     print(f"written: {options.out}")
 
 
