@@ -33,10 +33,10 @@ LINEARS = ["to_q", "to_k", "to_v", "proj_mlp"]
 def unet_file(folder, *, dtype=None, with_config=True, **lora):
     """What StableDiffusionPipeline.save_lora_weights writes, with or without the configuration in the header."""
     from diffusers import StableDiffusionPipeline
-    from diffusers.loaders.lora_base import _collate_lora_metadata
+    from diffusers.training_utils import _collate_lora_metadata
 
     model = with_lora(unet(), dtype=dtype, **lora)
-    metadata = _collate_lora_metadata(unet=model) if with_config else {}
+    metadata = _collate_lora_metadata({"unet": model}) if with_config else {}
     StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=lora_state(model), **metadata)
     return folder / "pytorch_lora_weights.safetensors"
 
@@ -122,7 +122,7 @@ def test_a_layer_of_rank_zero_is_gone_and_the_others_are_applied(tmp_path):
 
 def test_a_text_encoder_is_squeezed_beside_the_unet(tmp_path):
     from diffusers import StableDiffusionPipeline
-    from diffusers.loaders.lora_base import _collate_lora_metadata
+    from diffusers.training_utils import _collate_lora_metadata
 
     model = with_lora(unet())
     encoder = with_lora(text_encoder(), lora_alpha=8, target_modules=["q_proj", "fc1"])
@@ -130,7 +130,7 @@ def test_a_text_encoder_is_squeezed_beside_the_unet(tmp_path):
         str(tmp_path / "in"),
         unet_lora_layers=lora_state(model),
         text_encoder_lora_layers=lora_state(encoder),
-        **_collate_lora_metadata(unet=model, text_encoder=encoder),
+        **_collate_lora_metadata({"unet": model, "text_encoder": encoder}),
     )
     adapter = open_adapter(tmp_path / "in")
     ranks = mixed(adapter)
