@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Adapter", "LayerSpec", "LoraLayer", "PassThrough"]
+__all__ = ["Adapter", "LayerSpec", "LoraLayer", "PassThrough", "whole"]
+
+
+def whole(name: str) -> str:
+    """The module or parameter that a layer is a part of.
+
+    Where one stored module holds several matrices, each of them is a layer named MODULE#PART: expert 3
+    of a three-dimensional parameter is `layers.0.mlp.experts.down_proj#3`. As the format has one rank
+    for the module, all its parts get the same, and none can be left out.
+    """
+    return name.partition("#")[0]
 
 
 @dataclass(frozen=True)
@@ -21,8 +31,10 @@ class LayerSpec:
         the effective scale: ΔW = scale · up · down.
     down_dtype, up_dtype
         of the stored factors, in safetensors' spelling ("BF16", "F32", …).
+    name
+        as the format's rules see it; parts of one module are named MODULE#PART (see `whole`).
     kind
-        "linear", "conv" or "embedding": how the format stores the two matrices.
+        "linear", "conv", "embedding" or "expert": how the format stores the two matrices.
     kernel
         the trailing dimensions of a convolution's kernel; they count into `in_features`.
     keys
@@ -31,6 +43,8 @@ class LayerSpec:
         of the alpha tensor beside the factors, in formats that have one; "" if there is none.
     folded
         the factors are computed when they are read, so they are new even at their own rank.
+    stored_as
+        the module's name in the file, where that is another than the layer's.
     """
 
     name: str
@@ -45,6 +59,7 @@ class LayerSpec:
     keys: tuple[str, ...] = ()
     alpha_dtype: str = ""
     folded: bool = False
+    stored_as: str = ""
 
     @property
     def parameters(self) -> int:

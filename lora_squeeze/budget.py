@@ -14,12 +14,14 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from lora_squeeze.errors import RankError
 from lora_squeeze.limits import Group
 from lora_squeeze.records import Spectrum
 
-__all__ = ["cheapest_for_energy", "most_energy"]
+__all__ = ["cheapest_for_energy", "most_energy", "price_of"]
 
 _HALVINGS = 32  # of the price; what remains is taken one by one
 
@@ -43,11 +45,11 @@ def most_energy(
     Raises RankError if even the smallest allowed ranks cost more.
     """
     ladders = [_ladder(spectra, group, cost) for group in groups]
-    start = sum(_cost(spectra, group, cost) * group.allowed[0] for group in groups)
-    if start > budget:
-        raise RankError(f"the smallest ranks allowed already cost {start}, and the budget is {budget}")
-    steps = _steps_at_best_price(ladders, lambda taken: _total(ladders, taken) <= budget - start)
-    left = budget - start - _total(ladders, steps)
+    left = budget - sum(price_of(spectra, group, group.allowed[0], cost) for group in groups)
+    if left < 0:
+        raise RankError(f"the smallest ranks allowed already cost {budget - left}, and the budget is {budget}")
+    steps = _steps_at_best_price(ladders, lambda taken: _total(ladders, taken) <= left)
+    left -= _total(ladders, steps)
     for position in _next_best(ladders, steps):
         ladder, step = ladders[position], steps[position]
         price = ladder.costs[step + 1] - ladder.costs[step]
@@ -73,13 +75,17 @@ def cheapest_for_energy(spectra: Sequence[Spectrum], groups: Sequence[Group], en
     while kept(steps) < energy * (1 - 1e-12):
         position = next(following, None)
         if position is None:
-            raise RankError("the limits on the ranks do not allow that much energy to be kept")
+            whole = sum(spectrum.energy for spectrum in spectra)
+            raise RankError(
+                f"the limits on the ranks allow {kept(steps) / whole:.6g} of the energy to be kept, no more"
+            )
         steps[position] += 1
     return [ladder.ranks[step] for ladder, step in zip(ladders, steps, strict=True)]
 
 
-def _cost(spectra: Sequence[Spectrum], group: Group, cost: Callable[[Spectrum], int]) -> int:
-    return sum(cost(spectra[member]) for member in group.members)
+def price_of(spectra: Sequence[Spectrum], group: Group, rank: int, cost: Callable[[Spectrum], int]) -> int:
+    """What a group costs at this rank; a layer whose own rank is lower keeps that."""
+    return sum(cost(spectra[member]) * min(rank, spectra[member].rank) for member in group.members)
 
 
 def _energy(spectra: Sequence[Spectrum], group: Group, rank: int) -> float:
@@ -88,35 +94,50 @@ def _energy(spectra: Sequence[Spectrum], group: Group, rank: int) -> float:
 
 def _ladder(spectra: Sequence[Spectrum], group: Group, cost: Callable[[Spectrum], int]) -> _Ladder:
     first, *others = (spectra[member] for member in group.members)
-    price = _cost(spectra, group, cost)
     allowed = group.allowed
     if not others and isinstance(allowed, range):
-        values = first.singular_values[allowed[0] : allowed[-1]]
-        steps = len(values)
+        price = cost(first)
+        values = [value for value in first.singular_values[allowed[0] : allowed[-1]] if value > 0]
+        start = min(allowed[0], len(first.singular_values))
         return _Ladder(
             name=first.name,
             negative_ratios=[-value * value / price for value in values],
-            costs=range(0, price * (steps + 1), price),
-            energies=first.cumulative_energy[allowed[0] : allowed[0] + steps + 1],
-            ranks=allowed[: steps + 1],
+            costs=range(0, price * (len(values) + 1), price),
+            energies=first.cumulative_energy[start : start + len(values) + 1],
+            ranks=allowed[: len(values) + 1],
         )
-    hull = [(allowed[0], _energy(spectra, group, allowed[0]))]
-    for rank in allowed[1:]:
-        energy = _energy(spectra, group, rank)
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], (rank, energy)):
-            hull.pop()
-        hull.append((rank, energy))
+    hull = _upper_hull(
+        [_Point(rank, price_of(spectra, group, rank, cost), _energy(spectra, group, rank)) for rank in allowed]
+    )
     return _Ladder(
         name=first.name,
-        negative_ratios=[-_slope(low, high) / price for low, high in zip(hull, hull[1:])],  # noqa: B905, RUF007
-        costs=[price * (rank - allowed[0]) for rank, _ in hull],
-        energies=[energy for _, energy in hull],
-        ranks=[rank for rank, _ in hull],
+        negative_ratios=[-_slope(low, high) for low, high in pairwise(hull)],
+        costs=[point.cost - hull[0].cost for point in hull],
+        energies=[point.energy for point in hull],
+        ranks=[point.rank for point in hull],
     )
 
 
-def _slope(low: tuple[int, float], high: tuple[int, float]) -> float:
-    return (high[1] - low[1]) / (high[0] - low[0])
+class _Point(NamedTuple):
+    rank: int
+    cost: int
+    energy: float
+
+
+def _upper_hull(points: Sequence[_Point]) -> list[_Point]:
+    """The points, by rising cost, between which energy rises ever more slowly."""
+    hull = [points[0]]
+    for point in points[1:]:
+        if point.energy <= hull[-1].energy:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) < _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(low: _Point, high: _Point) -> float:
+    return (high.energy - low.energy) / (high.cost - low.cost)
 
 
 def _steps_at_best_price(ladders: Sequence[_Ladder], within: Callable[[Sequence[int]], bool]) -> list[int]:

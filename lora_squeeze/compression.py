@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 
-from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
+from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, whole
 from lora_squeeze.decomposition import Decomposition, spectrum_of
-from lora_squeeze.errors import RankError
+from lora_squeeze.errors import RankError, SettingsError
 from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES
 from lora_squeeze.policies import Cost
 from lora_squeeze.records import Ranks, SqueezedLayer
 from lora_squeeze.serving import fit, needs_one_alpha
-from lora_squeeze.spectrum import Basis, Truncation, basis, truncate
+from lora_squeeze.spectrum import Basis, Truncation, basis, check_device, truncate
 from lora_squeeze.version import __version__
 
 __all__ = ["compress", "file_cost"]
@@ -50,17 +50,24 @@ def compress(
 
     All layers come out with one effective scale, the most common one of the source; where a layer
     had another, the difference goes into its factors. So a runtime that ignores rank_pattern and
-    alpha_pattern still applies the right scale.
+    alpha_pattern still applies the right scale. A layer with a trained bias (lora_bias) keeps its own:
+    the scale holds for the bias, too.
     Raises RankError if the plan does not fit the adapter.
     """
     adapter = source.adapter if isinstance(source, Decomposition) else source
+    check_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise SettingsError(f"dtype '{dtype}' is not known; known are {', '.join(DTYPES)}")
     _check_plan(adapter, ranks)
     scale = _shared_scale(adapter)
+    biased = {_module_of(tensor.key) for tensor in adapter.pass_through if tensor.key.endswith(".lora_B.bias")}
     layers = {
         name: replace(
             spec,
             rank=ranks.by_layer[name],
-            scale=scale * ranks.largest / ranks.by_layer[name] if one_alpha else scale,
+            scale=spec.scale
+            if whole(name) in biased
+            else scale * (ranks.largest / ranks.by_layer[name] if one_alpha else 1),
             down_dtype=dtype or spec.down_dtype,
             up_dtype=dtype or spec.up_dtype,
             folded=False,
@@ -127,6 +134,13 @@ def _check_plan(adapter: Adapter, ranks: Ranks) -> None:
         if rank == 0 and name in companions:
             raise RankError(
                 f"layer '{name}' cannot be left out, as '{companions[name]}' would be lost; set a min_rank of 1"
+            )
+    modules: dict[str, int] = {}
+    for name, rank in ranks.by_layer.items():
+        if name != whole(name) and (rank == 0 or modules.setdefault(whole(name), rank) != rank):
+            raise RankError(
+                f"layer '{name}': rank {rank} is not possible: it is stored together with all of '{whole(name)}', "
+                "and these have one rank of at least 1"
             )
     if not any(ranks.by_layer.values()):
         raise RankError("every layer has rank 0: that would leave nothing of the adapter")

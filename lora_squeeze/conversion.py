@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough
+from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough, whole
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 from lora_squeeze.formats.diffusers import CONFIG_KEY, component_of
 from lora_squeeze.formats.tensors import DTYPES
@@ -181,9 +181,10 @@ def _renamed(
             f"{adapter.source}: tensor '{homeless[0]}' is no factor of a LoRA pair, and it is not known what it is "
             "called in the other format; keep the format"
         )
-    embedding = next((spec.name for spec in adapter.layers.values() if spec.kind == "embedding"), None)
-    if embedding:
-        raise UnsupportedAdapter(f"{adapter.source}: layer '{embedding}' is an embedding; only PEFT's format has those")
+    for spec in adapter.layers.values():
+        if spec.kind not in ("linear", "conv") or whole(spec.name) != spec.name:
+            what = "an embedding" if spec.kind == "embedding" else "a part of a module"
+            raise UnsupportedAdapter(f"{adapter.source}: layer '{spec.name}' is {what}; only PEFT's format has those")
     old_names = {new: old for old, new in names.items()}
 
     def read(name: str, original: Callable[[str], LoraLayer]) -> LoraLayer:
@@ -201,7 +202,7 @@ def _renamed(
 
 
 def _renamed_spec(spec: LayerSpec, name: str) -> LayerSpec:
-    return replace(spec, name=name, keys=())
+    return replace(spec, name=name, keys=(), stored_as="")
 
 
 def _renamed_tensor(tensor: PassThrough, key: str) -> PassThrough:

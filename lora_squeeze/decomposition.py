@@ -14,7 +14,7 @@ from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
 from lora_squeeze.formats.tensors import memory_of
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.records import Spectrum
-from lora_squeeze.spectrum import Basis, basis, singular_values
+from lora_squeeze.spectrum import Basis, basis, check_device, singular_values
 
 __all__ = ["Decomposition", "decompose", "spectrum_of"]
 
@@ -49,6 +49,7 @@ def decompose(
 
     Raises AdapterError, naming layer and tensor, for NaN, infinity or an unreadable file.
     """
+    check_device(device)
     spool = _Spool()
 
     def work(name: str) -> tuple[Spectrum, Basis]:

@@ -2,7 +2,8 @@
 
 A pattern matches a layer as PEFT matches rank_pattern: re.match(rf"(.*\\.)?({pattern})$", name), so
 "q_proj" names every module of that name and r"layers\\.0\\..*" everything in layer 0. The first
-pattern that matches decides.
+pattern that matches decides. Parts of one module (MODULE#PART) match as their module does, get one
+rank and are never left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lora_squeeze.adapter import whole
 from lora_squeeze.errors import RankError
 
 __all__ = ["EQUAL", "NO_LIMITS", "Group", "Limits", "Ranked", "groups"]
@@ -20,7 +22,7 @@ __all__ = ["EQUAL", "NO_LIMITS", "Group", "Limits", "Ranked", "groups"]
 # Named groups for `equal`: what is replaced by "*" to find the layers that belong together.
 EQUAL = {
     "qkv": r"\b(q|k|v|to_q|to_k|to_v|query|key|value)(_proj|_lin)?\b",
-    "experts": r"\bexperts\.\d+\b",
+    "experts": r"\bexperts\.\d+\b|#\d+$",
 }
 
 
@@ -82,33 +84,39 @@ def groups(layers: Sequence[Ranked], limits: Limits, *, least: int = 0) -> list[
     Raises RankError for contradictions and for patterns that match no layer.
     """
     _check(limits)
-    overrides = [(re.compile(rf"(.*\.)?({pattern})$"), pattern, rank) for pattern, rank in limits.rank_for]
+    overrides = [(_expression(pattern), rank) for pattern, rank in limits.rank_for]
     members: dict[str, list[int]] = {}
     forced: dict[str, int] = {}
-    used: set[str] = set()
+    used: set[int] = set()
     keys = _group_keys(layers, limits.equal)
     for position, (layer, key) in enumerate(zip(layers, keys, strict=True)):
         members.setdefault(key, []).append(position)
-        for expression, pattern, rank in overrides:
-            if expression.match(layer.name):
-                used.add(pattern)
+        for number, (expression, rank) in enumerate(overrides):
+            if expression.match(whole(layer.name)):
+                used.add(number)
                 if forced.setdefault(key, rank) != rank:
                     raise RankError(
                         f"layer '{layer.name}': rank_for asks for {rank}, but for {forced[key]} in another layer of "
                         "its group; layers in a group get the same rank"
                     )
                 break
-    if unused := [pattern for _, pattern, _ in overrides if pattern not in used]:
-        raise RankError(f"rank_for '{unused[0]}' matches no layer; the first layer is '{layers[0].name}'")
+    for number, (expression, _) in enumerate(overrides):
+        if number not in used:
+            pattern = limits.rank_for[number][0]
+            if any(expression.match(whole(layer.name)) for layer in layers):
+                raise RankError(f"rank_for '{pattern}' decides nothing: a pattern before it matches the same layers")
+            raise RankError(f"rank_for '{pattern}' matches no layer; the first layer is '{layers[0].name}'")
     least = least if limits.min_rank is None else limits.min_rank
-    cache: dict[int, Sequence[int]] = {}
+    cache: dict[tuple[int, int], Sequence[int]] = {}
     found: list[Group] = []
     for key, positions in members.items():
         own = max(layers[position].rank for position in positions)
+        parts = any(layers[position].name != whole(layers[position].name) for position in positions)
+        lowest = max(least, 1) if parts else least
         if key in forced:
             allowed: Sequence[int] = (min(forced[key], own),)
         else:
-            allowed = cache.setdefault(own, _allowed(own, limits, least))
+            allowed = cache.setdefault((own, lowest), _allowed(own, limits, lowest))
         found.append(Group(tuple(positions), allowed))
     return found
 
@@ -128,15 +136,20 @@ def _check(limits: Limits) -> None:
         raise RankError(f"multiple_of {limits.multiple_of} is above max_rank {limits.max_rank}")
     if limits.steps and min(limits.steps) < 1:
         raise RankError(f"step {min(limits.steps)} is not possible: steps are ranks of at least 1")
+    if limits.steps and not any(step % limits.multiple_of == 0 for step in limits.steps):
+        raise RankError(f"none of the steps {list(limits.steps)} is a multiple_of {limits.multiple_of}")
     if limits.steps and limits.max_rank is not None and min(limits.steps) > limits.max_rank:
         raise RankError(f"all steps are above max_rank {limits.max_rank}")
     for pattern, rank in limits.rank_for:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise RankError(f"rank_for '{pattern}' is not a regular expression: {error}") from error
         if rank < 0 or (limits.max_rank is not None and rank > limits.max_rank):
             raise RankError(f"rank_for '{pattern}={rank}' contradicts the limits: 0 to max_rank {limits.max_rank}")
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise RankError(f"rank_for '{pattern}' is not a regular expression: {error}") from error
 
 
 def _group_keys(layers: Sequence[Ranked], equal: Iterable[str]) -> list[str]:
@@ -150,7 +163,7 @@ def _group_keys(layers: Sequence[Ranked], equal: Iterable[str]) -> list[str]:
         if replaced == keys:
             raise RankError(f"equal '{pattern}' matches no layer; the first layer is '{layers[0].name}'")
         keys = replaced
-    return keys
+    return [whole(key) for key in keys]
 
 
 def _allowed(own: int, limits: Limits, least: int) -> Sequence[int]:
@@ -164,5 +177,6 @@ def _allowed(own: int, limits: Limits, least: int) -> Sequence[int]:
     if own <= top and (not fitting or fitting[-1] < own):
         fitting.append(own)
     if not fitting:
-        raise RankError(f"no rank between {bottom} and {top} is among the steps {list(limits.steps)}")
+        among = f"among the steps {list(limits.steps)}" if limits.steps else f"a multiple_of {limits.multiple_of}"
+        raise RankError(f"no rank between {bottom} and {top} is {among}")
     return ([0] if bottom == 0 else []) + fitting

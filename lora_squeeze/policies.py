@@ -17,7 +17,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Any, Literal
 
-from lora_squeeze.budget import cheapest_for_energy, most_energy
+from lora_squeeze.budget import cheapest_for_energy, most_energy, price_of
 from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Group, Limits, Ranked, groups
 from lora_squeeze.records import Ranks, Spectrum
@@ -74,6 +74,8 @@ def variance(
     the source rank does.
     """
     _check_fraction("variance", keep)
+    if by not in ("mean", "worst"):
+        raise RankError(f"by '{by}' is not possible: the mean or the worst layer must reach it")
     source_rank = max((s.rank for s in spectra), default=1)
     curve = {"mean": _mean, "worst": min}[by]
     for rank in candidate_ranks(source_rank, candidates):
@@ -81,13 +83,13 @@ def variance(
             break
     else:
         rank = source_rank
-    return _limited(f"variance={keep:g}", spectra, [min(rank, s.rank) for s in spectra], limits)
+    return _limited(f"variance={_spell(keep)}", spectra, [min(rank, s.rank) for s in spectra], limits)
 
 
 def energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer the smallest k with Σ_{i≤k} σ² ≥ keep · Σ σ² (PEFT's fractional rank, kohya's sv_fro)."""
     _check_fraction("energy", keep)
-    return _per_layer(f"energy={keep:g}", spectra, lambda s: _first_reaching(s.cumulative_energy, keep), limits)
+    return _per_layer(f"energy={_spell(keep)}", spectra, lambda s: _first_reaching(s.cumulative_energy, keep), limits)
 
 
 def cumulative(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -97,25 +99,25 @@ def cumulative(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_
     def rank(spectrum: Spectrum) -> int:
         return _first_reaching(tuple(accumulate(spectrum.singular_values, initial=0.0)), keep)
 
-    return _per_layer(f"cumulative={keep:g}", spectra, rank, limits)
+    return _per_layer(f"cumulative={_spell(keep)}", spectra, rank, limits)
 
 
 def sigma_ratio(spectra: Sequence[Spectrum], ratio: float, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer the components with σ_i ≥ σ_1 / ratio (kohya's sv_ratio). `ratio` is at least 1."""
     if not ratio >= 1:
-        raise RankError(f"sigma-ratio={ratio:g} is not possible: it is σ_1/σ_k, at least 1")
+        raise RankError(f"sigma-ratio={_spell(ratio)} is not possible: it is σ_1/σ_k, at least 1")
 
     def rank(spectrum: Spectrum) -> int:
         return sum(value * ratio >= spectrum.singular_values[0] for value in spectrum.singular_values)
 
-    return _per_layer(f"sigma-ratio={ratio:g}", spectra, rank, limits)
+    return _per_layer(f"sigma-ratio={_spell(ratio)}", spectra, rank, limits)
 
 
 def stable_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer ⌈times · ‖ΔW‖_F² / σ_1²⌉: the stable rank (Rudelson & Vershynin, 2007)."""
     _check_positive("stable-rank", times)
     return _per_layer(
-        f"stable-rank={times:g}", spectra, lambda s: math.ceil(times * s.energy / s.singular_values[0] ** 2), limits
+        f"stable-rank={_spell(times)}", spectra, lambda s: _ceil(times * s.energy / s.singular_values[0] ** 2), limits
     )
 
 
@@ -126,9 +128,9 @@ def effective_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: L
     def rank(spectrum: Spectrum) -> int:
         total = sum(spectrum.singular_values)
         shares = [value / total for value in spectrum.singular_values if value > 0]
-        return math.ceil(times * math.exp(-sum(share * math.log(share) for share in shares)) - 1e-9)
+        return _ceil(times * math.exp(-sum(share * math.log(share) for share in shares)))
 
-    return _per_layer(f"effective-rank={times:g}", spectra, rank, limits)
+    return _per_layer(f"effective-rank={_spell(times)}", spectra, rank, limits)
 
 
 def optimal_threshold(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -144,7 +146,7 @@ def optimal_threshold(spectra: Sequence[Spectrum], times: float = 1.0, *, limits
         threshold = times * 2.858 * median(spectrum.singular_values)
         return sum(value > threshold for value in spectrum.singular_values)
 
-    return _per_layer(f"optimal-threshold={times:g}", spectra, rank, limits)
+    return _per_layer(f"optimal-threshold={_spell(times)}", spectra, rank, limits)
 
 
 def knee(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -154,9 +156,9 @@ def knee(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO
     def rank(spectrum: Spectrum) -> int:
         sums, count = spectrum.cumulative_energy, len(spectrum.singular_values)
         rises = [total / sums[-1] - k / count for k, total in enumerate(sums)]
-        return math.ceil(times * rises.index(max(rises)))
+        return _ceil(times * rises.index(max(rises)))
 
-    return _per_layer(f"knee={times:g}", spectra, rank, limits)
+    return _per_layer(f"knee={_spell(times)}", spectra, rank, limits)
 
 
 def para_rank(spectra: Sequence[Spectrum], fraction: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -167,8 +169,11 @@ def para_rank(spectra: Sequence[Spectrum], fraction: float, *, limits: Limits = 
     """
     _check_fraction("para-rank", fraction)
     found = groups(spectra, limits)
-    count = math.ceil(fraction * sum(s.rank for s in spectra) - 1e-9)
-    return _planned(f"para-rank={fraction:g}", spectra, found, most_energy(spectra, found, lambda _: 1, count))
+    count = _ceil(fraction * sum(s.rank for s in spectra))
+    ranks = most_energy(spectra, found, _one, count)
+    return _planned(
+        f"para-rank={_spell(fraction)}", spectra, found, ranks if any(ranks) else _smallest(spectra, found, _one)
+    )
 
 
 def para_energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -179,7 +184,7 @@ def para_energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO
     _check_fraction("para-energy", keep)
     found = groups(spectra, limits)
     target = keep * sum(s.energy for s in spectra)
-    return _planned(f"para-energy={keep:g}", spectra, found, cheapest_for_energy(spectra, found, target))
+    return _planned(f"para-energy={_spell(keep)}", spectra, found, cheapest_for_energy(spectra, found, target))
 
 
 def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -192,12 +197,18 @@ def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LI
     within one component of the optimum (see `lora_squeeze.budget`).
     """
     _check_positive("params", budget)
-    whole = sum(s.rank * s.component_size for s in spectra)
     found = groups(spectra, limits)
-    ranks = most_energy(
-        spectra, found, lambda s: s.component_size, math.floor(budget * whole if budget <= 1 else budget)
-    )
-    return _planned(f"params={budget:g}", spectra, found, ranks)
+    allowed = math.floor(budget * sum(s.rank * s.component_size for s in spectra) if budget <= 1 else budget)
+
+    def cost(spectrum: Spectrum) -> int:
+        return spectrum.component_size
+
+    smallest = _smallest(spectra, found, cost)
+    least = sum(price_of(spectra, group, rank, cost) for rank, group in zip(smallest, found, strict=True))
+    if allowed < least:
+        raise RankError(f"params={_spell(budget)} is not possible: the smallest ranks allowed have {least} parameters")
+    ranks = most_energy(spectra, found, cost, allowed)
+    return _planned(f"params={_spell(budget)}", spectra, found, ranks if any(ranks) else smallest)
 
 
 @dataclass(frozen=True)
@@ -220,7 +231,9 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
         ranks = most_energy(spectra, found, lambda s: cost.component_bytes[s.name], bytes_for_factors)
         return _planned(f"size={budget}", spectra, found, ranks)
 
-    smallest = _planned(f"size={budget}", spectra, found, _smallest(spectra, found, cost))
+    smallest = _planned(
+        f"size={budget}", spectra, found, _smallest(spectra, found, lambda s: cost.component_bytes[s.name])
+    )
     if (least := cost.file_size(smallest)) > budget:
         raise RankError(f"size={budget} is not possible: the smallest ranks allowed make a file of {least} bytes")
     # The header grows with the layers that are kept, so its size is known only with the plan.
@@ -228,7 +241,7 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
     while True:
         try:
             ranks = plan(available)
-        except RankError:
+        except RankError:  # nothing fits beside the header
             return smallest
         excess = cost.file_size(ranks) - budget
         if excess <= 0:
@@ -279,7 +292,7 @@ def parse_policy(spelling: str) -> Policy:
     read = {"fixed": int, "size": _read_size}.get(name, float)
     try:
         value: Any = read(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise RankError(f"policy '{spelling}': '{text}' is not a value that {name} can take") from None
     return Policy(spelling, name, partial(_call, POLICIES[name], value))
 
@@ -303,14 +316,23 @@ def retention_curve(spectra: Iterable[Spectrum], rank: int) -> list[float]:
     return [s.retained_variance(rank) for s in spectra if s.energy > 0] or [1.0]
 
 
-def _smallest(spectra: Sequence[Spectrum], found: Sequence[Group], cost: Cost) -> list[int]:
+def _smallest(spectra: Sequence[Spectrum], found: Sequence[Group], cost: Callable[[Spectrum], int]) -> list[int]:
     """The least that may be written: the smallest allowed ranks, but one component at least."""
     ranks = [group.allowed[0] for group in found]
     if not any(ranks):
-        prices = [sum(cost.component_bytes[spectra[m].name] for m in group.members) for group in found]
-        cheapest = min(range(len(found)), key=lambda position: found[position].round_up(1) * prices[position])
-        ranks[cheapest] = found[cheapest].round_up(1)
+        prices = {
+            position: price_of(spectra, group, group.round_up(1), cost)
+            for position, group in enumerate(found)
+            if group.allowed[-1] > 0
+        }
+        if prices:
+            cheapest = min(prices, key=prices.__getitem__)
+            ranks[cheapest] = found[cheapest].round_up(1)
     return ranks
+
+
+def _one(_spectrum: Spectrum) -> int:
+    return 1
 
 
 def _call(policy: Callable[..., Ranks], value: Any, spectra: Sequence[Spectrum], **options: Any) -> Ranks:
@@ -318,7 +340,7 @@ def _call(policy: Callable[..., Ranks], value: Any, spectra: Sequence[Spectrum],
 
 
 def _read_size(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([KMG]?i?B)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"([\d.]+)\s*([KMG]i?B|B)?", text, re.IGNORECASE)
     if match is None:
         raise ValueError(text)
     return math.floor(float(match[1]) * _BYTES[(match[2] or "").upper()])
@@ -351,15 +373,24 @@ def _first_reaching(sums: Sequence[float], keep: float) -> int:
     return next(k for k, total in enumerate(sums) if total >= target)
 
 
+def _ceil(value: float) -> int:
+    """Rounded up, but not because of the last digits of a product."""
+    return math.ceil(value * (1 - 1e-9))
+
+
+def _spell(value: float) -> str:
+    return f"{value:.12g}"
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
 def _check_fraction(policy: str, value: float) -> None:
     if not 0 < value <= 1:
-        raise RankError(f"{policy}={value:g} is not possible: it is a fraction above 0 and up to 1")
+        raise RankError(f"{policy}={_spell(value)} is not possible: it is a fraction above 0 and up to 1")
 
 
 def _check_positive(policy: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
-        raise RankError(f"{policy}={value:g} is not possible: it is above 0")
+        raise RankError(f"{policy}={_spell(value)} is not possible: it is above 0")

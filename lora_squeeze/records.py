@@ -126,7 +126,9 @@ class Analysis:
             for curve in ("mean_variance", "min_variance", "max_variance", "energy_variance"):
                 fields[curve] = {int(rank): float(value) for rank, value in fields[curve].items()}
             fields["spectra"] = tuple(_spectrum(one) for one in fields["spectra"])
-            fields["target_ranks"] = tuple(fields["target_ranks"])
+            for name, kind in (("source_rank", int), ("recommended_rank", int), ("source", str), ("by", str)):
+                _check_type(fields[name], kind, name)
+            fields["target_ranks"] = tuple(_check_type(rank, int, "target_ranks") for rank in fields["target_ranks"])
             fields["notes"] = tuple(fields["notes"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -243,8 +245,17 @@ def outcomes_to_json(outcomes: Iterable[Outcome]) -> str:
 
 
 def _spectrum(fields: dict[str, Any]) -> Spectrum:
-    fields["singular_values"] = tuple(fields["singular_values"])
+    for name, kind in (("name", str), ("out_features", int), ("in_features", int), ("rank", int)):
+        _check_type(fields[name], kind, name)
+    values = _check_type(fields["singular_values"], list, "singular_values")
+    fields["singular_values"] = tuple(_check_type(value, float, "singular_values") for value in values)
     return Spectrum(**fields)
+
+
+def _check_type(value: Any, kind: type, name: str) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"'{name}' holds {value!r}")
+    return value
 
 
 def _to_json(record: Any, **derived: Any) -> str:

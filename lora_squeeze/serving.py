@@ -117,7 +117,12 @@ RUNTIMES: dict[str, Runtime] = {
             mixed_ranks=False,
             mixed_scales=False,
             rslora=False,
-            refuses={"use_dora": _NO_DORA, "modules_to_save": _NO_FULL_MODULES, "lora_bias": _NO_BIAS},
+            refuses={
+                "use_dora": _NO_DORA,
+                "modules_to_save": _NO_FULL_MODULES,
+                "lora_bias": _NO_BIAS,
+                "target_parameters": "experts as parameters have no name there",
+            },
             only_pairs=True,
         ),
         Runtime(

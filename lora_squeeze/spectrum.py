@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import LoraLayer
-from lora_squeeze.errors import AdapterError
+from lora_squeeze.errors import AdapterError, SettingsError
 from lora_squeeze.scratch import scratch, scratch_like
 
-__all__ = ["METHODS", "Basis", "Truncation", "basis", "singular_values", "truncate"]
+__all__ = ["METHODS", "Basis", "Truncation", "basis", "check_device", "singular_values", "truncate"]
 
 OVERSAMPLING = 10  # k_o of Algorithm 1
 POWER_ITERATIONS = 2  # k_q of Algorithm 1
@@ -87,6 +87,8 @@ def basis(
     Raises AdapterError, naming the tensor, if a factor holds NaN or infinity.
     """
     up, down = layer.up.to(device), layer.down.to(device)
+    if method not in METHODS:
+        raise SettingsError(f"method '{method}' is not known; known are {', '.join(METHODS)}")
     try:
         if method == "randomized":
             return _randomized(up, down, rank=rank or down.shape[0], seed=seed)
@@ -98,6 +100,15 @@ def basis(
             f"layer '{layer.name}': {names} holds NaN or infinite values; the adapter is damaged or its training "
             "diverged, and a squeeze cannot repair that: go back to an earlier checkpoint"
         ) from None
+
+
+def check_device(device: str) -> None:
+    """Raise SettingsError if torch cannot compute on this device."""
+    try:
+        torch.ones(1, device=device, dtype=torch.float64).sum().item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device '{device}' cannot be used for float64: {reason}; 'cpu' always works") from error
 
 
 def singular_values(layer: LoraLayer, found: Basis) -> tuple[float, ...]:

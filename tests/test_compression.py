@@ -142,25 +142,33 @@ def test_rank_and_scale_of_names_that_look_like_patterns(tmp_path):
         assert relative(after[name], truncation(before[name], rank)) < 1e-6
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}])
+class _Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mha = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.head(self.mha(x, x, x)[0])
+
+
+_VECTORS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
+ATTENDING = Base(_Attending, (_VECTORS,), {"target_modules": ["mha", "head"]})
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"alpha_pattern": {"mha": 4}}], ids=str)
 def test_a_multihead_attention_keeps_its_promise(tmp_path, lora):
-    class Attending(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.mha = nn.MultiheadAttention(16, 4, batch_first=True)
-            self.head = nn.Linear(16, 16)
-
-        def forward(self, x):
-            return self.head(self.mha(x, x, x)[0])
-
-    inputs = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
-    base = Base(Attending, (inputs,), {"target_modules": ["mha", "head"]})
-    source = make_adapter(tmp_path / "adapter", base, **lora)
-
+    source = make_adapter(tmp_path / "adapter", ATTENDING, **lora)
     compress_adapter(source, tmp_path / "out", 3)
+    assert relative(effect(ATTENDING, tmp_path / "out"), effect(ATTENDING, source, truncated_to=3)) <= 1e-5
 
-    assert relative(effect(base, tmp_path / "out"), effect(base, source, truncated_to=3)) <= 1e-5
+
+def test_both_layers_of_a_multihead_attention_need_one_rank(tmp_path):
+    adapter = open_adapter(make_adapter(tmp_path / "adapter", ATTENDING))
+    plan = {name: 3 if name == "mha#in_proj" else 5 for name in adapter.layers}
+    with pytest.raises(RankError, match="mha#in_proj"):  # PEFT has one pattern for both
+        squeeze(adapter, Ranks("by hand", plan), tmp_path / "out")
 
 
 # --- the configuration ------------------------------------------------------------------------------------------
@@ -463,7 +471,7 @@ def test_every_layer_may_have_its_own_rank(tmp_path):
         ({"unknown": 2}, "'unknown'"),
         ({"other": ...}, "'other'"),
         ({"layer": 5}, "'layer': rank 5"),
-        ({"layer": 0}, "'layer': rank 0"),
+        ({"layer": 0, "other": 0}, "nothing"),
         ({"layer": -1}, "'layer': rank -1"),
     ],
     ids=str,
@@ -473,6 +481,26 @@ def test_a_plan_that_does_not_fit_is_an_error(tmp_path, change, message):
     plan = {name: rank for name, rank in {"layer": 2, "other": 2, **change}.items() if rank is not ...}
     with pytest.raises(RankError, match=message):
         compress(adapter, Ranks("by hand", plan))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "v_proj", "down_proj"], r".*\.(q_proj|v_proj|down_proj)", "all-linear"],
+    ids=["list", "regex", "all-linear"],
+)
+@pytest.mark.parametrize("left_out", ["v_proj", "layers.0.", "layers.1.mlp.down_proj"])
+def test_a_layer_of_rank_zero_is_adapted_no_more(tmp_path, targets, left_out):
+    source = make_adapter(tmp_path / "adapter", target_modules=targets)
+    adapter = open_adapter(source)
+
+    squeeze(
+        adapter, Ranks("by hand", {name: 0 if left_out in name else 8 for name in adapter.layers}), tmp_path / "out"
+    )
+
+    before, after = updates(LLAMA, source), updates(LLAMA, tmp_path / "out")
+    assert set(after) == {name for name in before if left_out not in name}
+    assert 0 < len(after) < len(before)
+    assert all(torch.equal(after[name], before[name]) for name in after)
 
 
 # --- laziness ---------------------------------------------------------------------------------------------------

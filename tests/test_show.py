@@ -82,7 +82,7 @@ def test_commands_work_on_single_files(tmp_path):
         ],
         ["compress", source, str(tmp_path / "b.safetensors"), "--rank", "2", "--for", "comfyui"],
         ["check", str(tmp_path / "b.safetensors"), "--for", "comfyui"],
-        ["compare", source],
+        ["compare", str(save(tmp_path / "d.safetensors", kohya_pair("lora_unet_a", 20, 8, 16)))],
     ):
         result = run.invoke(main, arguments)
         assert result.exit_code == 0, (arguments, result.output)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -170,10 +171,11 @@ def test_every_tensor_is_aligned_to_its_own_items(tmp_path):
 
 
 def test_the_size_is_known_before(tmp_path):
-    tensors = {"a": torch.randn(3, 5), "ü": torch.randn(7).to(torch.bfloat16)}
+    # The header spells the offsets out, so its length depends on the order in which the tensors lie.
+    dtypes = [torch.uint8, torch.bfloat16, torch.float32, torch.float64]
+    tensors = {f"ü{place}": torch.ones(9 + 3 * place).to(dtypes[place % 4]) for place in range(40)}
     write_safetensors(tmp_path / "file", blocks(tensors), {"format": "pt"})
-    expected = safetensors_size([spec(key, tensor) for key, tensor in tensors.items()], {"format": "pt"})
-    assert (tmp_path / "file").stat().st_size == expected
+    assert (tmp_path / "file").stat().st_size == safetensors_size(blocks(tensors), {"format": "pt"})
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -286,7 +288,7 @@ def test_only_a_few_blocks_are_alive_while_writing(tmp_path, workers):
 
 
 def test_memory_does_not_grow_with_the_adapter(tmp_path):
-    """64 layers of 4 MB are decomposed, squeezed and written; the process grows by a few layers."""
+    """40 layers of 4 MB are decomposed, squeezed and written; the process grows by a few layers."""
     script = """
         import resource, sys
         from pathlib import Path
@@ -313,14 +315,15 @@ def test_memory_does_not_grow_with_the_adapter(tmp_path):
         torch.set_num_threads(2)
         small, large = Path(sys.argv[1], "small"), Path(sys.argv[1], "large")
         write(small, 8)
-        write(large, 64)
+        write(large, 40)
         print(run(small), run(large), (large / "adapter_model.safetensors").stat().st_size // 1024)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), tmp_path], capture_output=True, text=True, check=True
     )
+    shutil.rmtree(tmp_path)  # pytest would keep it
     small, large, size = map(int, done.stdout.split())  # KiB
-    assert size > 250_000
+    assert size > 150_000
     assert large - small < 24_000
 
 

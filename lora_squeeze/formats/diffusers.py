@@ -113,7 +113,7 @@ def write_diffusers(adapter: Adapter, path: Path) -> Path:
 
 def diffusers_size(adapter: Adapter) -> int:
     """The exact size in bytes of the file that `write_diffusers` would write; computes no tensor."""
-    return safetensors_size((spec for block in _blocks(adapter) for spec in block.specs), _metadata(adapter))
+    return safetensors_size(_blocks(adapter), _metadata(adapter))
 
 
 def _read_config(file: SafetensorsFile) -> dict[str, Any]:

@@ -28,30 +28,37 @@ def check_output(output: Path, *, source: Path | None, overwrite: bool, single_f
 
     Raises OutputError.
     """
-    target = output.resolve()
     try:
-        exists = output.exists()
-    except OSError as error:  # such as a name that is too long
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
-    if source is not None:
-        origin = source.resolve()
-        if target == origin:
-            what = "file" if origin.is_file() else "folder"
-            raise OutputError(f"{output}: output and source are the same {what}; choose another output")
-        if origin in target.parents or target in origin.parents:
-            raise OutputError(f"{output}: the output may not lie inside the source or around it; choose another output")
-    if single_file:
-        if output.is_dir():
-            raise OutputError(f"{output}: is a folder, and this format is one file; try {output / f'lora{SUFFIX}'}")
-        if not output.name.endswith(SUFFIX):
-            raise OutputError(f"{output}: this format is one file; its name must end in {SUFFIX}: {output}{SUFFIX}")
-        if exists and not overwrite:
+        target = output.resolve()
+        if source is not None:
+            origin = source.resolve()
+            if target == origin:
+                what = "file" if origin.is_file() else "folder"
+                raise OutputError(f"{output}: output and source are the same {what}; choose another output")
+            if origin in target.parents or target in origin.parents:
+                raise OutputError(
+                    f"{output}: the output may not lie inside the source or around it; choose another output"
+                )
+        if single_file:
+            _check_file(output)
+        elif output.exists() and not output.is_dir():
+            raise OutputError(f"{output}: exists and is not a folder; choose another output")
+        if _is_something(output) and not overwrite:
             raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
-        return
-    if exists and not output.is_dir():
-        raise OutputError(f"{output}: exists and is not a folder; choose another output")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be used as output: {error.strerror}") from error
+
+
+def _check_file(output: Path) -> None:
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder, and this format is one file; try {output / f'lora{SUFFIX}'}")
+    if not output.name.endswith(SUFFIX):
+        raise OutputError(f"{output}: this format is one file; its name must end in {SUFFIX}: {output}{SUFFIX}")
+
+
+def _is_something(output: Path) -> bool:
+    """Whether there is a file, or a folder that is not empty."""
+    return any(output.iterdir()) if output.is_dir() else output.exists()
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def write_kohya(adapter: Adapter, path: Path) -> Path:
 
 def kohya_size(adapter: Adapter) -> int:
     """The exact size in bytes of the file that `write_kohya` would write; computes no tensor."""
-    return safetensors_size((spec for block in _blocks(adapter) for spec in block.specs), _metadata(adapter))
+    return safetensors_size(_blocks(adapter), _metadata(adapter))
 
 
 def _modules(file: SafetensorsFile) -> tuple[dict[str, dict[str, str]], list[str]]:

@@ -54,7 +54,7 @@ _CHUNK = 1 << 20
 
 def dtype_name(dtype: torch.dtype) -> str:
     """safetensors' spelling of a floating-point torch dtype. Raises KeyError for other dtypes."""
-    return next(name for name, known in DTYPES.items() if known is dtype)
+    return {known: name for name, known in DTYPES.items()}[dtype]
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,7 @@ def write_safetensors(
 
     Raises OutputError if the path cannot be written, the disk is full or what is read back differs.
     """
-    # Wide dtypes first, as safetensors itself does it, so that every tensor is aligned.
-    blocks = sorted(blocks, key=lambda block: -max(_item_size(spec) for spec in block.specs))
+    blocks = _in_file_order(blocks)
     specs = [spec for block in blocks for spec in block.specs]
     header = _header(specs, metadata)
     offsets = list(accumulate((spec.nbytes for spec in specs), initial=len(header)))
@@ -199,9 +198,9 @@ def write_safetensors(
     _check_written(path, header, checksums)
 
 
-def safetensors_size(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> int:
+def safetensors_size(blocks: Iterable[Block], metadata: Mapping[str, str]) -> int:
     """The exact size in bytes of the file that `write_safetensors` would write."""
-    specs = list(specs)
+    specs = [spec for block in _in_file_order(blocks) for spec in block.specs]
     return len(_header(specs, metadata)) + sum(spec.nbytes for spec in specs)
 
 
@@ -265,6 +264,11 @@ def _chunks_of(tensor: torch.Tensor | Iterator[bytes]) -> Iterator[bytes | memor
         return
     contiguous = tensor.contiguous()  # named, so that it outlives the view of its memory
     yield memory_of(contiguous)
+
+
+def _in_file_order(blocks: Iterable[Block]) -> list[Block]:
+    """Wide dtypes first, as safetensors itself does it, so that every tensor is aligned."""
+    return sorted(blocks, key=lambda block: -max(_item_size(spec) for spec in block.specs))
 
 
 def _item_size(spec: TensorSpec) -> int:

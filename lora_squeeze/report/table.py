@@ -52,7 +52,7 @@ def analysis_table(analysis: Analysis) -> RenderableType:
         table,
         "",
         f"Recommended rank: {analysis.recommended_rank} "
-        f"(>= {analysis.min_variance_retention:.0%} variance retained{what})",
+        f"(>= {100 * analysis.min_variance_retention:g}% variance retained{what})",
         *_notes(analysis.notes),
     )
 

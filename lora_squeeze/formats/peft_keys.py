@@ -1,0 +1,144 @@
+"""The keys of a PEFT file: which tensors are factors, which belong to them, which are something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_squeeze.errors import AdapterError, UnsupportedAdapter
+from lora_squeeze.formats.tensors import TensorSpec
+
+__all__ = ["PREFIX", "Keys", "Pair", "sort_keys"]
+
+PREFIX = "base_model.model."
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<factor>A|B)(\.(?P<adapter>[^.]+))?\.weight"
+    r"|(?P<embedding>.+)\.lora_embedding_(?P<side>A|B)(\.(?P<name>[^.]+))?"
+)
+# AdaLoRA's three factors are parameters, not modules.
+_ADALORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|E)(\.(?P<adapter>[^.]+))?")
+
+# What PEFT stores beside the pairs, with an adapter's name in it where a raw state dict was saved.
+_COMPANIONS = (
+    (re.compile(r"(.+\.lora_B)\.([^.]+)(\.bias)"), r"\1\3"),
+    (re.compile(r"(.+\.lora_magnitude_vector)\.([^.]+?)(\.weight)?"), r"\1"),
+    (re.compile(r"(.+)\.modules_to_save\.([^.]+)(\..+)"), r"\1\3"),
+    (re.compile(r"(.+\.trainable_tokens_delta)\.([^.]+)()"), r"\1"),
+)
+# Trained parts of a module without which its factors mean something else.
+_FOREIGN_PART = re.compile(r".+\.lora_(?P<part>E|diag|mid)(\.[^.]+)*")
+_KNOWN = re.compile(
+    r".+\.lora_B\.bias|.+\.lora_magnitude_vector|.+\.trainable_tokens_delta|(.+\.)?(embed_tokens|lm_head)(\.base_layer)?\.weight"
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one module, as they lie in the file.
+
+    module
+        its name in the file, without the prefix.
+    values
+        AdaLoRA's singular values, which lie between the two.
+    """
+
+    module: str
+    down: TensorSpec
+    up: TensorSpec
+    embedding: bool = False
+    values: TensorSpec | None = None
+
+
+@dataclass(frozen=True)
+class Keys:
+    """All keys of a file, sorted.
+
+    pairs
+        by module, in file order.
+    others
+        key as PEFT saves it → key in the file, of what is no factor.
+    unknown
+        those of `others` of which nobody knows what they are for.
+    adapter_name
+        if the keys carry one, as in a raw state dict.
+    """
+
+    pairs: Mapping[str, Pair]
+    others: Mapping[str, str]
+    unknown: tuple[str, ...]
+    adapter_name: str = ""
+
+
+def sort_keys(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], path: Path) -> Keys:
+    """Sort all keys of a file. Raises AdapterError, naming file and key, for what is incomplete."""
+    adalora = config.get("peft_type") == "ADALORA"
+    factors: dict[str, dict[str, TensorSpec]] = {}
+    embeddings: set[str] = set()
+    others: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for key, spec in tensors.items():
+        match = (_ADALORA_FACTOR if adalora else _FACTOR).fullmatch(key)
+        if match is None:
+            standard, name = _standard(key)
+            if standard in others:
+                raise AdapterError(f"{path}: '{key}' and '{others[standard]}' are the same tensor of two adapters")
+            others[standard] = key
+            if name:
+                names.setdefault(name, key)
+            continue
+        groups = match.groupdict()
+        module = (groups["module"] or groups["embedding"]).removeprefix(PREFIX)
+        factor = groups["factor"] or groups["side"]
+        names.setdefault(groups["adapter"] or groups.get("name") or "", key)
+        if factor in factors.setdefault(module, {}):
+            raise AdapterError(f"{path}: '{key}' and '{factors[module][factor].key}' are factors of the same module")
+        factors[module][factor] = spec
+        if groups.get("embedding"):
+            embeddings.add(module)
+    if len(names) > 1:
+        first, second = list(names)[:2]
+        raise AdapterError(
+            f"{path}: keys carry different adapter names ('{names[first]}', '{names[second]}'); save one adapter alone"
+        )
+    wanted = ("A", "B", "E") if adalora else ("A", "B")
+    return Keys(
+        pairs={name: _pair(name, found, wanted, name in embeddings, path) for name, found in factors.items()},
+        others=others,
+        unknown=tuple(_unknown(others, config, path)),
+        adapter_name=next(iter(names), ""),
+    )
+
+
+def _standard(key: str) -> tuple[str, str]:
+    """A companion's key as PEFT saves it, and the adapter's name that was in it."""
+    for pattern, replacement in _COMPANIONS:
+        if match := pattern.fullmatch(key):
+            return match.expand(replacement), match[2]
+    return key, ""
+
+
+def _pair(module: str, found: Mapping[str, TensorSpec], wanted: tuple[str, ...], embedding: bool, path: Path) -> Pair:
+    for factor in wanted:
+        if factor not in found:
+            present = next(iter(found.values())).key
+            raise AdapterError(f"{path}: '{present}' has no lora_{factor} beside it; the file is incomplete")
+    return Pair(module, found["A"], found["B"], embedding, found.get("E"))
+
+
+def _unknown(others: Mapping[str, str], config: Mapping[str, Any], path: Path) -> Iterator[str]:
+    saved = [re.escape(name) for name in config.get("modules_to_save") or ()]
+    trained = re.compile(rf"(.*\.)?({'|'.join(saved)})\..+") if saved else None
+    biases = config.get("bias", "none") != "none"
+    for key in others:
+        if part := _FOREIGN_PART.fullmatch(key):
+            raise UnsupportedAdapter(
+                f"{path}: '{key}' belongs to the update of its module, which is no product of lora_A and lora_B alone; "
+                f"lora_{part['part']} cannot be squeezed"
+            )
+        if _KNOWN.fullmatch(key) or (biases and key.endswith(".bias")) or (trained and trained.fullmatch(key)):
+            continue
+        yield key

@@ -1,0 +1,62 @@
+"""Weights that torch.save wrote, read as a file of tensors without running code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_squeeze.errors import AdapterError
+from lora_squeeze.formats.tensors import DTYPES, TensorSpec, memory_of
+
+__all__ = ["PickledFile"]
+
+# torch → safetensors' spelling, of all that safetensors can hold.
+_SPELLINGS = {
+    **{dtype: name for name, dtype in DTYPES.items()},
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+class PickledFile:
+    """A torch.save file, memory-mapped and unpickled with weights_only=True: no code is run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        try:
+            state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch.load raises half a dozen types for a damaged file
+            raise AdapterError(f"{path}: cannot be read as a plain state dict: {error}") from error
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise AdapterError(f"{path}: expected a dict of named tensors")
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+                raise AdapterError(f"{path}: '{key}' is no dense tensor; save a plain state dict")
+            if value.dtype not in _SPELLINGS:
+                raise AdapterError(f"{path}: '{key}' has dtype {value.dtype}, which safetensors cannot hold")
+        self._state: dict[str, torch.Tensor] = state
+        self.tensors = {
+            key: TensorSpec(key, _SPELLINGS[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
+            for key, tensor in state.items()
+        }
+
+    def read(self, key: str, *, borrow_as: str = "") -> torch.Tensor:
+        return self._state[key]  # mapped from the file: there is nothing to borrow
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        tensor = self._state[key].contiguous()
+        yield bytes(memory_of(tensor))

@@ -1,0 +1,263 @@
+"""The package as seen from outside: what it exports, what imports what, and that all of it is documented."""
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+import pytest
+
+import lora_squeeze
+from lora_squeeze.cli import main
+from lora_squeeze.formats import FORMATS
+from lora_squeeze.policies import POLICIES
+from lora_squeeze.settings import SqueezeSettings
+from lora_squeeze.version import __version__
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lora_squeeze"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+# Imports point one way: every module may import only what stands before it.
+ORDER = [
+    "errors",
+    "version",
+    "parallel",
+    "scratch",
+    "records",
+    "adapter",
+    "limits",
+    "budget",
+    "policies",
+    "analysis",
+    "comparison",
+    "spectrum",
+    "formats.tensors",
+    "formats.folder",
+    "formats.pickled",
+    "formats.peft_config",
+    "formats.peft_keys",
+    "formats.peft_layout",
+    "formats.peft_adalora",
+    "formats.peft",
+    "formats.pairs",
+    "formats.kohya",
+    "formats.diffusers",
+    "formats",
+    "conversion",
+    "summary",
+    "serving",
+    "decomposition",
+    "compression",
+    "verbs",
+    "settings",
+    "report",
+    "report.table",
+    "",  # the façade
+    "cli.options",
+    "cli.output",
+    "cli.analyze",
+    "cli.plan",
+    "cli.compress",
+    "cli.compare",
+    "cli.check",
+    "cli.convert",
+    "cli.show",
+    "cli.run",
+    "cli",
+]
+WITHOUT_TORCH = re.compile(
+    r"errors|version|records|adapter|limits|budget|policies|analysis|comparison|settings|summary|report.*|cli.*|"
+)
+
+
+def short(name: str) -> str:
+    return name.removeprefix("lora_squeeze").removeprefix(".")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere, also inside functions and for type checkers."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{one.name}" for one in node.names]
+            found |= {name if name in MODULES else str(node.module) for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {one.name for one in node.names}
+    return {short(name) for name in found if name in MODULES}
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert sorted(map(short, MODULES)) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_one_way(name):
+    below = ORDER[: ORDER.index(name)]
+    path = MODULES[f"lora_squeeze.{name}".rstrip(".")]
+    assert imports_of(path) <= set(below)
+
+
+def test_modules_of_numbers_do_not_import_torch():
+    names = [f"lora_squeeze.{name}".rstrip(".") for name in ORDER if WITHOUT_TORCH.fullmatch(name)]
+    script = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.exit(f"{{name}} imports torch")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_exports_are_sorted_and_complete():
+    assert lora_squeeze.__all__ == sorted(lora_squeeze.__all__)
+    assert dir(lora_squeeze) == lora_squeeze.__all__
+    assert len(set(lora_squeeze.__all__)) == len(lora_squeeze.__all__)
+
+
+@pytest.mark.parametrize("name", lora_squeeze.__all__)
+def test_every_export_can_be_imported_and_is_documented(name):
+    value = getattr(lora_squeeze, name)
+    if name == "__version__":
+        assert value == __version__
+        return
+    assert inspect.getdoc(value)
+    assert len(inspect.getdoc(value).splitlines()[0]) > 15
+    assert value.__module__.startswith("lora_squeeze.")
+
+
+def test_type_checkers_see_the_same_exports():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    names = {one.name for node in checked.body for one in node.names}
+    assert names | {"__version__"} == set(lora_squeeze.__all__)
+
+
+def test_a_name_that_is_not_exported_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="analyse"):
+        lora_squeeze.analyse  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name])
+def test_every_module_lists_what_it_offers(name):
+    module = importlib.import_module(f"lora_squeeze.{name}")
+    assert module.__doc__
+    offered = getattr(module, "__all__", [])
+    assert len(set(offered)) == len(offered)
+    for one in offered:
+        assert hasattr(module, one)
+        assert not inspect.isfunction(getattr(module, one)) or inspect.getdoc(getattr(module, one))
+
+
+def test_all_errors_are_lora_squeeze_errors_and_drawn_in_the_docstring():
+    from lora_squeeze import errors
+
+    for name in errors.__all__:
+        assert issubclass(getattr(errors, name), errors.LoraSqueezeError)
+        assert name in errors.__doc__
+    assert "pip install 'lora-squeeze[train]'" in str(errors.MissingExtra("peft", "train"))
+
+
+def test_the_version_stands_in_one_place():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.\w+)?", __version__)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in project
+    assert 'path = "lora_squeeze/version.py"' in project
+    elsewhere = [path for path in PACKAGE.rglob("*.py") if f'"{__version__}"' in path.read_text(encoding="utf-8")]
+    assert elsewhere == [PACKAGE / "version.py"]
+
+
+def test_the_console_script_is_the_command_line():
+    (script,) = entry_points(group="console_scripts", name="lora-squeeze")
+    assert script.load() is main
+
+
+def test_the_package_is_typed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+# --- documentation ----------------------------------------------------------------------------------------------
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def documentation() -> str:
+    return "\n".join([readme(), *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md")))])
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Code blocks of a Markdown text in these languages."""
+    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [block for language, block in found if language in languages]
+
+
+def command_lines() -> list[str]:
+    shells = "\n".join(blocks(documentation(), "sh", "bash", "console", "shell", ""))
+    joined = re.sub(r"\\\n\s*", " ", shells)
+    return [line.removeprefix("$ ") for line in joined.splitlines() if re.match(r"(\$ )?lora-squeeze ", line)]
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_every_command_is_in_the_readme(name):
+    assert f"lora-squeeze {name}" in readme()
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_every_option_is_documented(name):
+    text = documentation()
+    options = [one for one in main.commands[name].params if isinstance(one, click.Option)]
+    spelled = lambda opts: "|".join(rf"(?<![\w-]){opt}(?![\w-])" for opt in opts)  # noqa: E731
+    assert [one.opts for one in options if not re.search(spelled(one.opts), text)] == []
+
+
+def test_every_key_of_squeeze_settings_is_documented():
+    text = documentation()
+    assert [key for key in SqueezeSettings.__dataclass_fields__ if key not in text] == []
+
+
+def test_every_policy_and_format_is_documented():
+    text = documentation()
+    assert [name for name in (*POLICIES, *FORMATS) if name not in text.replace("PEFT", "peft")] == []
+
+
+def test_both_functions_of_the_document_are_in_the_readme():
+    assert "analyze_adapter(" in readme()
+    assert "compress_adapter(" in readme()
+
+
+def test_documented_command_lines_can_be_parsed():
+    assert command_lines()
+    for line in command_lines():
+        _, name, *arguments = shlex.split(re.split(r"\s[|#>]", line)[0])
+        if name.startswith("-"):
+            continue
+        with main.commands[name].make_context(name, [one for one in arguments if one not in ("-h", "--help")]):
+            pass
+
+
+def test_documented_python_is_python_and_imports_what_exists():
+    sources = [block for block in blocks(documentation(), "python", "py") if "import " in block]
+    assert sources
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lora_squeeze"):
+                module = importlib.import_module(str(node.module))
+                assert [one.name for one in node.names if not hasattr(module, one.name)] == []
