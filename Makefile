@@ -28,7 +28,7 @@ install: $(VENV)/.dev ## create .venv with the package, its extras and the devel
 demo: $(VENV)/.demo ## train, squeeze and evaluate a text classifier (about 4 minutes on two cores)
 	$(OFFLINE) $(THREADS) $(BIN)/python examples/squeeze_classifier.py $(ARGS)
 
-demo-lm: $(VENV)/.demo-lm ## the same for a causal language model (about 8 minutes on two cores)
+demo-lm: $(VENV)/.demo-lm ## the same for a causal language model (about 6 minutes on two cores)
 	$(OFFLINE) $(THREADS) $(BIN)/python examples/squeeze_language_model.py $(ARGS)
 
 test: $(VENV)/.dev ## run the tests

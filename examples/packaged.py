@@ -47,7 +47,7 @@ def smollm2() -> Path:
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # Its parameters are ordinary tensors, but it calls itself quantised and refuses to be saved.
         config = quantised.config
-        del config.quantization_config
+        vars(config).pop("quantization_config", None)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(quantised.state_dict())
         CACHE.mkdir(exist_ok=True)

@@ -54,7 +54,7 @@ def main() -> None:
     console.print(f"Before training, {score(model, encode, held_out).accuracy:.1%} are classified correctly")
     train(model, encode, training, o)
     original = o.out / "original"
-    model.save_pretrained(original)
+    model.save_pretrained(str(original))
 
     def evaluate(folder: Path) -> Score:
         return score(PeftModel.from_pretrained(base_model(source, len(classes)), folder), encode, held_out)

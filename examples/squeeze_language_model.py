@@ -78,7 +78,7 @@ def main() -> None:
     console.print(f"Before training, {score(model, task, answers, held_out).accuracy:.1%} are answered correctly")
     train(model, partial(batch_of, task), training, o)
     original = o.out / "original"
-    model.save_pretrained(original)
+    model.save_pretrained(str(original))
 
     def evaluate(folder: Path) -> Score:
         return score(PeftModel.from_pretrained(base_model(source), folder), task, answers, held_out)

@@ -60,7 +60,8 @@ def policies_at(spectra: Sequence[Spectrum], fraction: float, *, cost: Cost, lim
         plans += [plan] if plan else []
     try:
         plans.append(params(spectra, fraction, limits=limits))
-        plans.append(size(spectra, cost.file_size(plans[-1]), cost=cost, limits=limits))
+        same_bytes = size(spectra, cost.file_size(plans[-1]), cost=cost, limits=limits)
+        plans += [same_bytes] if _parameters(spectra, same_bytes) <= budget else []
     except RankError:
         pass  # not even the smallest ranks allowed fit
     return plans

@@ -110,8 +110,12 @@ def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "pef
         return spec.in_features * down.itemsize + spec.out_features * up.itemsize
 
     def file_size(ranks: Ranks) -> int:
+        # Where layers are padded to one rank, a plan may ask one for more than its own.
+        own = {name: min(rank, adapter.layers[name].rank) for name, rank in ranks.by_layer.items()}
         one_alpha = needs_one_alpha(adapter, runtime)
-        return weights_size(fit(compress(adapter, ranks, dtype=dtype, one_alpha=one_alpha), runtime))
+        return weights_size(
+            fit(compress(adapter, replace(ranks, by_layer=own), dtype=dtype, one_alpha=one_alpha), runtime)
+        )
 
     return Cost({name: component_bytes(spec) for name, spec in adapter.layers.items()}, file_size)
 

@@ -227,26 +227,30 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
     """
     found = groups(spectra, limits)
 
-    def plan(bytes_for_factors: int) -> Ranks:
-        ranks = most_energy(spectra, found, lambda s: cost.component_bytes[s.name], bytes_for_factors)
+    def component_bytes(spectrum: Spectrum) -> int:
+        return cost.component_bytes[spectrum.name]
+
+    def planned(ranks: Sequence[int]) -> Ranks:
         return _planned(f"size={budget}", spectra, found, ranks)
 
-    smallest = _planned(
-        f"size={budget}", spectra, found, _smallest(spectra, found, lambda s: cost.component_bytes[s.name])
-    )
-    if (least := cost.file_size(smallest)) > budget:
+    ranks = _smallest(spectra, found, component_bytes)
+    if (least := cost.file_size(planned(ranks))) > budget:
         raise RankError(f"size={budget} is not possible: the smallest ranks allowed make a file of {least} bytes")
     # The header grows with the layers that are kept, so its size is known only with the plan.
     available = budget
-    while True:
+    while available > 0:
         try:
-            ranks = plan(available)
+            attempt = most_energy(spectra, found, component_bytes, available)
         except RankError:  # nothing fits beside the header
-            return smallest
-        excess = cost.file_size(ranks) - budget
+            break
+        excess = cost.file_size(planned(attempt)) - budget if any(attempt) else 0
         if excess <= 0:
-            return ranks
+            ranks = attempt if any(attempt) else ranks
+            break
         available -= excess
+    return planned(
+        _filled(spectra, found, list(ranks), component_bytes, lambda tried: budget - cost.file_size(planned(tried)))
+    )
 
 
 POLICIES: dict[str, Callable[..., Ranks]] = {
@@ -278,6 +282,7 @@ class Policy:
     spelling: str
     name: str
     choose: Callable[..., Ranks]
+    value: float = 0.0
 
 
 def parse_policy(spelling: str) -> Policy:
@@ -294,7 +299,7 @@ def parse_policy(spelling: str) -> Policy:
         value: Any = read(text)
     except (ValueError, OverflowError):
         raise RankError(f"policy '{spelling}': '{text}' is not a value that {name} can take") from None
-    return Policy(spelling, name, partial(_call, POLICIES[name], value))
+    return Policy(spelling, name, partial(_call, POLICIES[name], value), value)
 
 
 def candidate_ranks(source_rank: int, given: Iterable[int] = ()) -> tuple[int, ...]:
@@ -329,6 +334,32 @@ def _smallest(spectra: Sequence[Spectrum], found: Sequence[Group], cost: Callabl
             cheapest = min(prices, key=prices.__getitem__)
             ranks[cheapest] = found[cheapest].round_up(1)
     return ranks
+
+
+def _filled(
+    spectra: Sequence[Spectrum],
+    found: Sequence[Group],
+    ranks: list[int],
+    cost: Callable[[Spectrum], int],
+    left: Callable[[Sequence[int]], int],
+) -> list[int]:
+    """Take what still fits, best first, until nothing does; `left` is what a plan leaves of the budget."""
+    while True:
+        room = left(ranks)
+        steps: list[tuple[float, int, int]] = []
+        for position, (group, rank) in enumerate(zip(found, ranks, strict=True)):
+            more = group.round_up(rank + 1)
+            price = price_of(spectra, group, more, cost) - price_of(spectra, group, rank, cost)
+            gain = sum(spectra[m].retained_energy(more) - spectra[m].retained_energy(rank) for m in group.members)
+            if more > rank and gain > 0 and 0 < price <= room:
+                steps.append((-gain / price, position, more))
+        for _, position, more in sorted(steps):
+            tried = [*ranks[:position], more, *ranks[position + 1 :]]
+            if left(tried) >= 0:
+                ranks = tried
+                break
+        else:
+            return ranks
 
 
 def _one(_spectrum: Spectrum) -> int:

@@ -6,13 +6,15 @@ change any day: `check` says what these rules say, and the runtime has the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
-from lora_squeeze.adapter import Adapter, LoraLayer
+from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
 from lora_squeeze.errors import RankError, UnsupportedAdapter
 from lora_squeeze.limits import Limits
 
@@ -31,6 +33,20 @@ __all__ = [
 ]
 
 
+def _as_peft(_config: Mapping[str, Any], spec: LayerSpec) -> float:
+    return spec.scale
+
+
+def _one_for_all(config: Mapping[str, Any], _spec: LayerSpec) -> float:
+    """lora_alpha / r (rsLoRA: / √r) for every module, whatever its own rank is."""
+    rank = config["r"]
+    return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _alpha_over_own_rank(config: Mapping[str, Any], spec: LayerSpec) -> float:
+    return config["lora_alpha"] / spec.rank
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What a runtime accepts.
@@ -41,6 +57,10 @@ class Runtime:
         whether alpha_pattern is honoured; otherwise one effective scale has to hold for all layers.
     rslora
         whether alpha / √r is understood.
+    applies
+        configuration and layer → the scale that the runtime applies to it.
+    rejects_patterns
+        whether entries of rank_pattern or alpha_pattern that differ from r and lora_alpha are an error.
     default_max_rank
         of an adapter, where the server was started without another; None: no cap.
     max_ranks
@@ -62,6 +82,8 @@ class Runtime:
     mixed_ranks: bool = True
     mixed_scales: bool = True
     rslora: bool = True
+    applies: Callable[[Mapping[str, Any], LayerSpec], float] = _as_peft
+    rejects_patterns: bool = False
     default_max_rank: int | None = None
     max_ranks: tuple[int, ...] = ()
     refuses: dict[str, str] = field(default_factory=dict[str, str])
@@ -82,6 +104,7 @@ RUNTIMES: dict[str, Runtime] = {
             source="vllm/lora/peft_helper.py; up to about 0.26 rank_pattern and alpha_pattern are ignored, ranks "
             "are taken from the tensors and one alpha / r is applied to all modules",
             mixed_scales=False,
+            applies=_one_for_all,
             default_max_rank=16,
             max_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             refuses={
@@ -100,6 +123,8 @@ RUNTIMES: dict[str, Runtime] = {
             mixed_ranks=False,
             mixed_scales=False,
             rslora=False,
+            applies=_one_for_all,
+            rejects_patterns=True,
             refuses={
                 "use_dora": _NO_DORA,
                 "modules_to_save": _NO_FULL_MODULES,
@@ -117,6 +142,7 @@ RUNTIMES: dict[str, Runtime] = {
             mixed_ranks=False,
             mixed_scales=False,
             rslora=False,
+            applies=_alpha_over_own_rank,
             refuses={
                 "use_dora": _NO_DORA,
                 "modules_to_save": _NO_FULL_MODULES,
@@ -171,7 +197,6 @@ def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -
         key = adapter.pass_through[0].key
         problems.append(Problem(f"tensor '{key}' is no lora_A or lora_B", "squeezing cannot change that"))
     cap = rank_cap(runtime, max_lora_rank)
-    ranks = {spec.rank for spec in adapter.layers.values()}
     if cap is not None and adapter.rank > cap:
         problems.append(
             Problem(
@@ -179,16 +204,12 @@ def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -
                 f"squeeze with --max-rank {cap}, or start the server with a larger one",
             )
         )
-    fitting = f"squeeze with --for {runtime}"
-    if not rules.mixed_ranks and len(ranks) > 1:
-        problems.append(Problem(f"layers differ in rank ({min(ranks)} to {max(ranks)})", f"{fitting}: it pads them"))
-    if not rules.mixed_scales and len({round(spec.scale, 12) for spec in adapter.layers.values()}) > 1:
-        problems.append(Problem("layers differ in effective scale, and alpha_pattern is not read", fitting))
-    if not rules.rslora and adapter.config.get("use_rslora"):
-        problems.append(Problem("use_rslora is not read: the update would be √r too weak", fitting))
+    what_to_do = f"squeeze with --for {runtime}"
+    if adapter.format == "peft":
+        return problems + _misread(adapter, rules, what_to_do)
     alphas = {round(spec.scale * spec.rank, 6) for spec in adapter.layers.values()}
     if needs_one_alpha(adapter, runtime) and len(alphas) > 1:
-        problems.append(Problem("modules differ in alpha, and the alphas of attention modules are misread", fitting))
+        problems.append(Problem("modules differ in alpha, and the alphas of attention modules are misread", what_to_do))
     if runtime == "comfyui" and adapter.format == "diffusers":
         unread = [spec.name for spec in adapter.layers.values() if spec.scale != 1 and not spec.alpha_dtype]
         if unread:
@@ -199,6 +220,35 @@ def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -
                 )
             )
     return problems
+
+
+def _misread(adapter: Adapter, rules: Runtime, what_to_do: str) -> list[Problem]:
+    """What the runtime would reject or apply with another scale than PEFT does."""
+    config, ranks = adapter.config, {spec.rank for spec in adapter.layers.values()}
+    rank, alpha = config.get("r", adapter.rank), config.get("lora_alpha", 0)
+    if rules.rejects_patterns:
+        values = {"rank_pattern": rank, "alpha_pattern": alpha}
+        if len(ranks) > 1:
+            return [Problem(f"layers differ in rank ({min(ranks)} to {max(ranks)})", f"{what_to_do}: it pads them")]
+        for name, default in values.items():
+            if any(value != default for value in (config.get(name) or {}).values()):
+                what = f"{name} asks for another rank or scale than r and lora_alpha, which is rejected"
+                return [Problem(what, what_to_do)]
+        if ranks != {rank}:
+            return [Problem(f"the layers have rank {max(ranks)}, but r is {rank}", what_to_do)]
+    if config.get("use_rslora") and not rules.rslora:
+        return [Problem("use_rslora is not read: the update would be √r too weak", what_to_do)]
+    for spec in adapter.layers.values():
+        applied = rules.applies(config, spec)
+        if not math.isclose(applied, spec.scale, rel_tol=1e-6):
+            return [
+                Problem(
+                    f"layer '{spec.name}' would get scale {applied:g} instead of {spec.scale:g}, as "
+                    "rank_pattern and alpha_pattern are not read",
+                    what_to_do,
+                )
+            ]
+    return []
 
 
 def rank_cap(runtime: str, max_lora_rank: int | None) -> int | None:

@@ -52,7 +52,7 @@ class SqueezeSettings:
     def limits(self) -> Limits:
         """min_rank … equal as the policies take them."""
         return Limits(
-            min_rank=None if self.min_rank < 0 else self.min_rank,
+            min_rank=None if self.min_rank == -1 else self.min_rank,
             max_rank=self.max_rank or None,
             multiple_of=self.multiple_of,
             steps=tuple(self.steps),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.analysis import analyze
 from lora_squeeze.comparison import outcome_of
 from lora_squeeze.compression import compress, file_cost
 from lora_squeeze.decomposition import Decomposition, decompose
-from lora_squeeze.formats import open_adapter, save_adapter
+from lora_squeeze.formats import as_written, open_adapter, save_adapter
 from lora_squeeze.limits import NO_LIMITS, Limits
-from lora_squeeze.policies import By, fixed, parse_policy
-from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, SqueezedLayer
-from lora_squeeze.serving import fit, limits_for, needs_one_alpha, refuse_unloadable
+from lora_squeeze.policies import By, Policy, fixed, params, parse_policy
+from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, Spectrum, SqueezedLayer
+from lora_squeeze.serving import RUNTIMES, fit, limits_for, needs_one_alpha, refuse_unloadable
 
 __all__ = ["analyze_adapter", "choose_ranks", "compress_adapter", "outcome", "squeeze"]
 
@@ -104,18 +107,32 @@ def choose_ranks(
     """
     chosen = parse_policy(policy)
     limits = limits_for(runtime, limits, max_lora_rank=max_lora_rank)
+    spectra = decomposition.spectra
+    options: dict[str, Any] = {"by": by} if chosen.name == "variance" else {}
     if chosen.name == "size":
-        cost = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
-        return chosen.choose(decomposition.spectra, limits=limits, cost=cost)
-    if chosen.name == "variance":
-        return chosen.choose(decomposition.spectra, limits=limits, by=by)
-    return chosen.choose(decomposition.spectra, limits=limits)
+        options["cost"] = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
+    if RUNTIMES[runtime].mixed_ranks:
+        return chosen.choose(spectra, limits=limits, **options)
+    return _equal_ranks(chosen, spectra, limits, options)
+
+
+def _equal_ranks(chosen: Policy, spectra: Sequence[Spectrum], limits: Limits, options: Mapping[str, Any]) -> Ranks:
+    """Where layers of a lower rank will be padded to the largest, they cost as much as if they had it."""
+    largest = max(spectrum.rank for spectrum in spectra)
+    padded = [replace(spectrum, rank=largest) for spectrum in spectra]
+    choose = chosen.choose
+    if chosen.name == "params" and chosen.value <= 1:
+        choose = partial(params, budget=chosen.value * sum(s.rank * s.component_size for s in spectra))
+    ranks = choose(padded, limits=limits, **options)
+    own = {spectrum.name: min(ranks.by_layer[spectrum.name], spectrum.rank) for spectrum in spectra}
+    return Ranks(policy=chosen.spelling, by_layer=own)
 
 
 def outcome(decomposition: Decomposition, ranks: Ranks, *, dtype: str | None = None, runtime: str = "peft") -> Outcome:
     """What a plan would keep and cost; nothing is computed for it but numbers."""
     cost = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
-    return outcome_of(decomposition.spectra, ranks, cost=cost)
+    written = fit(compress(decomposition, ranks, dtype=dtype), runtime)
+    return replace(outcome_of(decomposition.spectra, ranks, cost=cost), parameters=written.parameters)
 
 
 def squeeze(
@@ -157,7 +174,7 @@ def squeeze(
     one_alpha = needs_one_alpha(adapter, runtime)
     squeezed = compress(source, ranks, dtype=dtype, device=device, method=method, one_alpha=one_alpha, on_layer=observe)
     squeezed = fit(squeezed, runtime)
-    refuse_unloadable(squeezed, runtime, max_lora_rank=max_lora_rank)
+    refuse_unloadable(as_written(squeezed), runtime, max_lora_rank=max_lora_rank)
     written = save_adapter(squeezed, output, overwrite=overwrite)
     if isinstance(source, Decomposition):
         for spectrum in source.spectra:

@@ -64,13 +64,29 @@ def best_energy(spectra, possible, budget):
     return max((energy_of(spectra, ranks) for ranks in fitting), default=None)
 
 
-def largest_step(spectra, possible_of_group):
-    """The most that going from one allowed rank of a group to its next gains: one component, if all are allowed."""
-    return max(
-        energy_of(members, [high] * len(members)) - energy_of(members, [low] * len(members))
-        for members, allowed in possible_of_group
-        for low, high in itertools.pairwise([*allowed[:1], *allowed])
-    )
+def hull(points):
+    """Those (cost, energy) points that no chord between two others passes above."""
+    return [
+        (cost, energy)
+        for cost, energy in points
+        if not any(
+            a < cost < b and low + (high - low) * (cost - a) / (b - a) > energy + 1e-9 * high
+            for (a, low), (b, high) in itertools.combinations(points, 2)
+        )
+    ]
+
+
+def largest_step(possible_of_group):
+    """The most that one step of a group gains: one component, if all ranks are allowed and its layers' ranks equal.
+
+    Where ranks are not allowed, or a layer of lower rank makes further components cheaper, several go together.
+    """
+    steps = [0.0]
+    for members, allowed in possible_of_group:
+        tuples = [[min(rank, s.rank) for s in members] for rank in allowed]
+        corners = hull([(cost_of(members, ranks), energy_of(members, ranks)) for ranks in tuples])
+        steps += [high - low for (_, low), (_, high) in itertools.pairwise(corners)]
+    return max(steps)
 
 
 def check_against_everything(spectra, possible, possible_of_group, budget, limits):
@@ -84,7 +100,7 @@ def check_against_everything(spectra, possible, possible_of_group, budget, limit
     plan = params(spectra, budget, limits=limits)
     ranks = [plan.by_layer[s.name] for s in spectra]
     assert cost_of(spectra, ranks) <= budget
-    assert energy_of(spectra, ranks) >= best * (1 - 1e-12) - largest_step(spectra, possible_of_group)
+    assert energy_of(spectra, ranks) >= best * (1 - 1e-12) - largest_step(possible_of_group)
     return ranks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from lora_squeeze.cli.options import (
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.limits import Limits
 
 if TYPE_CHECKING:
     from lora_squeeze import Adapter, Decomposition, Ranks
@@ -60,7 +62,6 @@ def compress_command(
     """
     from lora_squeeze import open_adapter, squeeze
     from lora_squeeze.formats import check_output_of
-    from lora_squeeze.limits import NO_LIMITS
     from lora_squeeze.report.table import compression_table
 
     policies = _policies(rank, retain, ranks_file, rank_options)
@@ -72,7 +73,7 @@ def compress_command(
     source: Adapter | Decomposition = adapter
     if ranks_file is not None:
         plans = [_read_plan(ranks_file)]
-    elif rank is not None and rank_options.limits == NO_LIMITS and runtime == "peft":
+    elif rank is not None and rank_options.limits == Limits() and runtime == "peft":
         plans = [_fixed(adapter, rank)]  # known beforehand: one pass over the file is enough
     else:
         source, plans = _choose(
@@ -107,6 +108,10 @@ def _policies(
         "--policy": bool(rank_options.policies),
     }
     named = [option for option, is_given in given.items() if is_given]
+    if ranks_file is not None and rank_options.limits != Limits():
+        raise click.UsageError("--ranks is a finished plan: limits on ranks belong to lora-squeeze plan")
+    if repeated := [policy for policy, count in Counter(rank_options.policies).items() if count > 1]:
+        raise click.UsageError(f"--policy {repeated[0]} is given twice")
     if len(named) > 1:
         raise click.UsageError(f"{' and '.join(named)} contradict each other: give one of them")
     if rank is not None:

@@ -47,7 +47,7 @@ def _parse_rank_for(
     pairs: list[tuple[str, int]] = []
     for entry in entries:
         pattern, _, rank = entry.rpartition("=")
-        if not pattern or not rank.isdigit():
+        if not pattern or not (rank.isascii() and rank.isdecimal()):
             raise click.BadParameter(f"'{entry}' is not PATTERN=RANK, such as q_proj=8")
         pairs.append((pattern, int(rank)))
     return tuple(pairs)
@@ -85,19 +85,16 @@ def dtype_option(command: Command) -> Command:
 def runtime_options(*, required: bool = False) -> Callable[[Command], Command]:
     """--for and --max-lora-rank."""
 
+    choice, what = click.Choice(CHOICES["runtime"]), "The runtime that has to load it."
+    for_required = click.option("--for", "runtime", type=choice, required=True, help=what)
+    for_peft = click.option("--for", "runtime", type=choice, default="peft", help=what)
+
     def add(command: Command) -> Command:
         for option in (
             click.option(
                 "--max-lora-rank", type=click.IntRange(min=1), help="What the server allows.  [default: its default]"
             ),
-            click.option(
-                "--for",
-                "runtime",
-                type=click.Choice(CHOICES["runtime"]),
-                default=None if required else "peft",
-                required=required,
-                help="The runtime that has to load it.",
-            ),
+            for_required if required else for_peft,
         ):
             command = option(command)
         return command

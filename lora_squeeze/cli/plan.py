@@ -61,10 +61,10 @@ def plan_command(
         runtime=runtime,
         max_lora_rank=max_lora_rank,
     )
+    found = outcome(decomposition, ranks, dtype=dtype, runtime=runtime)
     if output is not None:
         try:
             output.write_text(ranks.to_json() + "\n", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
-    found = outcome(decomposition, ranks, dtype=dtype, runtime=runtime)
     print_record(ranks, lambda plan: plan_table(plan, found), as_json=as_json)

@@ -53,6 +53,7 @@ def _run(settings: Settings) -> None:
     ranks = choose_ranks(
         decomposition,
         policy,
+        by="worst" if chosen.by == "worst" else "mean",
         limits=chosen.limits,
         dtype=dtype,
         runtime=chosen.runtime,

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_squeeze.adapter import Adapter
@@ -15,9 +15,19 @@ from lora_squeeze.formats.diffusers import diffusers_size, is_diffusers, open_di
 from lora_squeeze.formats.folder import check_output, new_file, new_folder
 from lora_squeeze.formats.kohya import is_kohya, kohya_size, open_kohya, write_kohya
 from lora_squeeze.formats.peft import open_peft, peft_size, sniff_peft, write_peft
+from lora_squeeze.formats.peft_config import config_for
 from lora_squeeze.formats.tensors import SafetensorsFile, read_safetensors
 
-__all__ = ["FORMATS", "Format", "Written", "check_output_of", "open_adapter", "save_adapter", "weights_size"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Written",
+    "as_written",
+    "check_output_of",
+    "open_adapter",
+    "save_adapter",
+    "weights_size",
+]
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,11 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
         _check_meaning(adapter, form.open(folder))
         size = weights.stat().st_size
     return Written(weights=output / weights.name, nbytes=size)
+
+
+def as_written(adapter: Adapter) -> Adapter:
+    """The adapter with the configuration under which it will be saved."""
+    return replace(adapter, config=config_for(adapter)) if adapter.format == "peft" else adapter
 
 
 def weights_size(adapter: Adapter) -> int:
