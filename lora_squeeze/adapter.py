@@ -37,6 +37,12 @@ class LayerSpec:
         "linear", "conv", "embedding" or "expert": how the format stores the two matrices.
     kernel
         the trailing dimensions of a convolution's kernel; they count into `in_features`.
+    keys
+        what the file calls `down` and `up`, in formats that have more than one spelling.
+    alpha_dtype
+        of the alpha tensor beside the factors, in formats that have one; "" if there is none.
+    folded
+        the factors are computed when they are read, so they are new even at their own rank.
     stored_as
         the module's name in the file, where that is another than the layer's.
     """
@@ -50,6 +56,9 @@ class LayerSpec:
     up_dtype: str
     kind: str = "linear"
     kernel: tuple[int, ...] = ()
+    keys: tuple[str, ...] = ()
+    alpha_dtype: str = ""
+    folded: bool = False
     stored_as: str = ""
 
     @property
@@ -70,13 +79,18 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class PassThrough:
-    """A tensor that is not part of a LoRA pair: its bytes are carried over as they are."""
+    """A tensor that is not part of a LoRA pair: its bytes are carried over as they are.
+
+    layer
+        the layer it belongs to, if it means nothing without that layer's factors.
+    """
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     chunks: Callable[[], Iterator[bytes]] = field(repr=False, compare=False)
+    layer: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,8 @@ class Adapter:
         modules that a policy gave rank 0: they are adapted no more.
     notes
         what the user should know about this adapter.
+    single_file
+        the source is one file, not a folder.
     """
 
     source: str
@@ -116,11 +132,12 @@ class Adapter:
     sha256: Callable[[], str] = field(default=str, repr=False)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    single_file: bool = False
 
     @property
-    def folder(self) -> Path | None:
-        """Where the source lies on disk, if anywhere."""
-        return self.weights.parent if self.weights else None
+    def place(self) -> Path | None:
+        """The source's folder (or its file, if that is all there is) on disk, if it is there."""
+        return self.weights if self.single_file or self.weights is None else self.weights.parent
 
     @property
     def rank(self) -> int:

@@ -17,7 +17,7 @@ from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES
 from lora_squeeze.policies import Cost
 from lora_squeeze.records import Ranks, SqueezedLayer
-from lora_squeeze.serving import fit
+from lora_squeeze.serving import fit, needs_one_alpha
 from lora_squeeze.spectrum import Basis, Truncation, basis, check_device, truncate
 from lora_squeeze.version import __version__
 
@@ -31,6 +31,7 @@ def compress(
     dtype: str | None = None,
     method: str = "gram",
     device: str = "cpu",
+    one_alpha: bool = False,
     on_layer: Callable[[SqueezedLayer], None] | None = None,
 ) -> Adapter:
     """Truncate every layer's effective update to its rank; lazily, when the result is saved.
@@ -42,6 +43,8 @@ def compress(
         and a layer of rank 0 is left out.
     dtype
         of the new factors, in safetensors' spelling; default: each as it was.
+    one_alpha
+        give all layers one alpha instead of one scale, for runtimes that misread differing alphas.
     on_layer
         called with each layer's spectrum and error, rounding included, once it has been computed.
 
@@ -62,9 +65,12 @@ def compress(
         name: replace(
             spec,
             rank=ranks.by_layer[name],
-            scale=spec.scale if whole(name) in biased else scale,
+            scale=spec.scale
+            if whole(name) in biased
+            else scale * (ranks.largest / ranks.by_layer[name] if one_alpha else 1),
             down_dtype=dtype or spec.down_dtype,
             up_dtype=dtype or spec.up_dtype,
+            folded=False,
         )
         for name, spec in adapter.layers.items()
         if ranks.by_layer[name] > 0
@@ -106,7 +112,10 @@ def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "pef
     def file_size(ranks: Ranks) -> int:
         # Where layers are padded to one rank, a plan may ask one for more than its own.
         own = {name: min(rank, adapter.layers[name].rank) for name, rank in ranks.by_layer.items()}
-        return weights_size(fit(compress(adapter, replace(ranks, by_layer=own), dtype=dtype), runtime))
+        one_alpha = needs_one_alpha(adapter, runtime)
+        return weights_size(
+            fit(compress(adapter, replace(ranks, by_layer=own), dtype=dtype, one_alpha=one_alpha), runtime)
+        )
 
     return Cost({name: component_bytes(spec) for name, spec in adapter.layers.items()}, file_size)
 
@@ -117,7 +126,11 @@ def _check_plan(adapter: Adapter, ranks: Ranks) -> None:
     if unknown or missing:
         first = f"'{unknown[0]}' is not in it" if unknown else f"'{missing[0]}' has no rank"
         raise RankError(f"these ranks are not for {adapter.source}: layer {first}; make a plan for this adapter")
-    companions = {_module_of(tensor.key): tensor.key for tensor in adapter.pass_through if ".lora_" in tensor.key}
+    companions = {
+        tensor.layer or _module_of(tensor.key): tensor.key
+        for tensor in adapter.pass_through
+        if tensor.layer or ".lora_" in tensor.key
+    }
     for name, rank in ranks.by_layer.items():
         own = adapter.layers[name].rank
         if not 0 <= rank <= own:

@@ -26,6 +26,7 @@ __all__ = [
     "check",
     "fit",
     "limits_for",
+    "needs_one_alpha",
     "padded",
     "rank_cap",
     "refuse_unloadable",
@@ -68,10 +69,16 @@ class Runtime:
         configuration field → why an adapter that sets it is not loaded.
     only_pairs
         whether tensors other than lora_A and lora_B are refused.
+    formats
+        what it reads.
+    mixed_alphas
+        whether the modules of a kohya file may differ in alpha.
     """
 
     name: str
     source: str
+    formats: tuple[str, ...] = ("peft",)
+    mixed_alphas: bool = True
     mixed_ranks: bool = True
     mixed_scales: bool = True
     rslora: bool = True
@@ -144,6 +151,20 @@ RUNTIMES: dict[str, Runtime] = {
             },
             only_pairs=True,
         ),
+        Runtime(
+            name="diffusers",
+            source="diffusers/loaders/lora_conversion_utils.py:_get_alpha_name, utils/peft_utils.py:get_peft_kwargs; "
+            "in 0.42 the alphas of attention and text encoder modules of a kohya file are filed under names that match "
+            "no module, so they get the most common alpha",
+            formats=("diffusers", "kohya"),
+            mixed_alphas=False,
+        ),
+        Runtime(
+            name="comfyui",
+            source="comfy/weight_adapter/lora.py: alpha / rank of each module, scale 1 where there is no alpha tensor; "
+            "the adapter configuration in the header of a diffusers file is not read",
+            formats=("diffusers", "kohya"),
+        ),
     )
 }
 
@@ -165,6 +186,8 @@ def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -
     Raises RankError for a max_lora_rank that the runtime does not know.
     """
     rules = RUNTIMES[runtime]
+    if adapter.format not in rules.formats:
+        return [Problem(f"it is a {adapter.format} adapter", f"{runtime} reads {' and '.join(rules.formats)}")]
     problems = [
         Problem(f"{name} is set: {why}", "squeezing cannot change that")
         for name, why in rules.refuses.items()
@@ -181,7 +204,22 @@ def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -
                 f"squeeze with --max-rank {cap}, or start the server with a larger one",
             )
         )
-    return problems + _misread(adapter, rules, f"squeeze with --for {runtime}")
+    what_to_do = f"squeeze with --for {runtime}"
+    if adapter.format == "peft":
+        return problems + _misread(adapter, rules, what_to_do)
+    alphas = {round(spec.scale * spec.rank, 6) for spec in adapter.layers.values()}
+    if needs_one_alpha(adapter, runtime) and len(alphas) > 1:
+        problems.append(Problem("modules differ in alpha, and the alphas of attention modules are misread", what_to_do))
+    if runtime == "comfyui" and adapter.format == "diffusers":
+        unread = [spec.name for spec in adapter.layers.values() if spec.scale != 1 and not spec.alpha_dtype]
+        if unread:
+            problems.append(
+                Problem(
+                    f"the scale of '{unread[0]}' stands in the header only, which is not read there",
+                    "convert it with lora-squeeze convert --to diffusers: the scale goes into the factors",
+                )
+            )
+    return problems
 
 
 def _misread(adapter: Adapter, rules: Runtime, what_to_do: str) -> list[Problem]:
@@ -224,6 +262,11 @@ def rank_cap(runtime: str, max_lora_rank: int | None) -> int | None:
     return max_lora_rank
 
 
+def needs_one_alpha(adapter: Adapter, runtime: str) -> bool:
+    """Whether this runtime applies the right scale only if all modules of this adapter have one alpha."""
+    return adapter.format == "kohya" and not RUNTIMES[runtime].mixed_alphas
+
+
 def fit(adapter: Adapter, runtime: str) -> Adapter:
     """The same update as this runtime wants it: padded to one rank, rsLoRA as plain LoRA."""
     rules = RUNTIMES[runtime]
@@ -233,7 +276,12 @@ def fit(adapter: Adapter, runtime: str) -> Adapter:
 
 
 def refuse_unloadable(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -> None:
-    """Raise UnsupportedAdapter, with all reasons, if this runtime would not load the adapter."""
+    """Raise UnsupportedAdapter, with all reasons, if this runtime would not load the adapter.
+
+    "peft" is what is meant where nobody names a runtime, so it refuses no format.
+    """
+    if runtime == "peft":
+        return
     if problems := check(adapter, runtime, max_lora_rank=max_lora_rank):
         reasons = "; ".join(f"{problem.what} ({problem.what_to_do})" for problem in problems)
         raise UnsupportedAdapter(f"{adapter.source}: {runtime} would not load it: {reasons}")

@@ -17,7 +17,7 @@ from lora_squeeze.formats import as_written, open_adapter, save_adapter
 from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import By, Policy, fixed, params, parse_policy
 from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, Spectrum, SqueezedLayer
-from lora_squeeze.serving import RUNTIMES, fit, limits_for, refuse_unloadable
+from lora_squeeze.serving import RUNTIMES, fit, limits_for, needs_one_alpha, refuse_unloadable
 
 __all__ = ["analyze_adapter", "choose_ranks", "compress_adapter", "outcome", "squeeze"]
 
@@ -68,7 +68,8 @@ def compress_adapter(
 ) -> Compression:
     """Write an adapter whose layers have at most `target_rank`, and report what that cost.
 
-    The result is a PEFT folder; r and lora_alpha are adjusted so that the effective scale stays.
+    The result has the source's format; what sets the scale (lora_alpha, alpha tensors) is adjusted
+    so that the effective scale stays.
     Raises AdapterError, RankError or OutputError; nothing is left behind then.
     """
     adapter = open_adapter(adapter_path)
@@ -170,7 +171,8 @@ def squeeze(
     if not isinstance(source, Decomposition) and 0 in ranks.by_layer.values():
         source = decompose(source, method=method, device=device)  # what is left out is reported as well
     adapter = source.adapter if isinstance(source, Decomposition) else source
-    squeezed = compress(source, ranks, dtype=dtype, device=device, method=method, on_layer=observe)
+    one_alpha = needs_one_alpha(adapter, runtime)
+    squeezed = compress(source, ranks, dtype=dtype, device=device, method=method, one_alpha=one_alpha, on_layer=observe)
     squeezed = fit(squeezed, runtime)
     refuse_unloadable(as_written(squeezed), runtime, max_lora_rank=max_lora_rank)
     written = save_adapter(squeezed, output, overwrite=overwrite)

@@ -53,7 +53,12 @@ ORDER = [
     "formats.peft_layout",
     "formats.peft_adalora",
     "formats.peft",
+    "formats.pairs",
+    "formats.kohya",
+    "formats.diffusers",
     "formats",
+    "conversion",
+    "summary",
     "serving",
     "decomposition",
     "compression",
@@ -69,11 +74,13 @@ ORDER = [
     "cli.compress",
     "cli.compare",
     "cli.check",
+    "cli.convert",
+    "cli.show",
     "cli.run",
     "cli",
 ]
 WITHOUT_TORCH = re.compile(
-    r"errors|version|records|adapter|limits|budget|policies|analysis|comparison|settings|report.*|cli.*|"
+    r"errors|version|records|adapter|limits|budget|policies|analysis|comparison|settings|summary|report.*|cli.*|"
 )
 
 

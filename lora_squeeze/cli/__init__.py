@@ -10,8 +10,10 @@ from lora_squeeze.cli.analyze import analyze_command
 from lora_squeeze.cli.check import check_command
 from lora_squeeze.cli.compare import compare_command
 from lora_squeeze.cli.compress import compress_command
+from lora_squeeze.cli.convert import convert_command
 from lora_squeeze.cli.plan import plan_command
 from lora_squeeze.cli.run import run_command
+from lora_squeeze.cli.show import show_command
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.version import __version__
 
@@ -37,5 +39,14 @@ def main() -> None:
     """Find the rank a LoRA adapter really needs, and make it that small."""
 
 
-for command in (analyze_command, plan_command, compress_command, compare_command, check_command, run_command):
+for command in (
+    show_command,
+    analyze_command,
+    plan_command,
+    compress_command,
+    compare_command,
+    check_command,
+    convert_command,
+    run_command,
+):
     main.add_command(command)

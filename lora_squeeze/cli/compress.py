@@ -57,17 +57,19 @@ def compress_command(
     """Write the adapter at PATH with lower ranks to OUTPUT, and say what was lost.
 
     Without a policy, the smallest rank that retains 95 % of the variance is taken. Several policies
-    write several adapters, OUTPUT/POLICY each, from one decomposition.
+    write several adapters, OUTPUT/POLICY each, from one decomposition. OUTPUT has the format of PATH:
+    a folder for PEFT, a .safetensors file for kohya and diffusers.
     """
     from lora_squeeze import open_adapter, squeeze
-    from lora_squeeze.formats.folder import check_output
+    from lora_squeeze.formats import check_output_of
     from lora_squeeze.report.table import compression_table
 
     policies = _policies(rank, retain, ranks_file, rank_options)
     adapter = open_adapter(path)
-    folders = [Path(output)] if len(policies) < 2 else [Path(output, policy) for policy in policies]
-    for folder in folders:
-        check_output(folder, source=adapter.folder, overwrite=overwrite)
+    suffix = ".safetensors" if adapter.single_file else ""
+    outputs = [Path(output)] if len(policies) < 2 else [Path(output, policy + suffix) for policy in policies]
+    for one in outputs:
+        check_output_of(adapter, one, overwrite=overwrite)
     source: Adapter | Decomposition = adapter
     if ranks_file is not None:
         plans = [_read_plan(ranks_file)]
@@ -77,12 +79,12 @@ def compress_command(
         source, plans = _choose(
             adapter, policies, rank_options, method, device, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank
         )
-    for plan, folder in zip(plans, folders, strict=True):
+    for plan, one in zip(plans, outputs, strict=True):
         with progress(f"Squeezing {plan.policy}", len(adapter.layers)) as advance:
             compression = squeeze(
                 source,
                 plan,
-                folder,
+                one,
                 dtype=dtype,
                 device=device,
                 method=method,

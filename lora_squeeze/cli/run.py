@@ -26,14 +26,14 @@ def run_command(file: Path, explain: bool) -> None:
 
 def _run(settings: Settings) -> None:
     from lora_squeeze import analyze, decompose, open_adapter, squeeze
-    from lora_squeeze.formats.folder import check_output
+    from lora_squeeze.formats import check_output_of
     from lora_squeeze.report.table import analysis_table, compression_table
     from lora_squeeze.verbs import choose_ranks
 
     chosen = settings.squeeze
     adapter = open_adapter(chosen.adapter_path)
     if chosen.output_path:
-        check_output(Path(chosen.output_path), source=adapter.folder, overwrite=chosen.overwrite)
+        check_output_of(adapter, Path(chosen.output_path), overwrite=chosen.overwrite)
     with progress("Analyzing", len(adapter.layers)) as advance:
         decomposition = decompose(adapter, method=chosen.method, device=chosen.device, on_layer=advance)
     analysis = analyze(

@@ -11,11 +11,23 @@ from pathlib import Path
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import AdapterError, OutputError
-from lora_squeeze.formats.folder import check_output, new_folder
+from lora_squeeze.formats.diffusers import diffusers_size, is_diffusers, open_diffusers, write_diffusers
+from lora_squeeze.formats.folder import check_output, new_file, new_folder
+from lora_squeeze.formats.kohya import is_kohya, kohya_size, open_kohya, write_kohya
 from lora_squeeze.formats.peft import open_peft, peft_size, sniff_peft, write_peft
 from lora_squeeze.formats.peft_config import config_for
+from lora_squeeze.formats.tensors import SafetensorsFile, read_safetensors
 
-__all__ = ["FORMATS", "Format", "Written", "as_written", "open_adapter", "save_adapter", "weights_size"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Written",
+    "as_written",
+    "check_output_of",
+    "open_adapter",
+    "save_adapter",
+    "weights_size",
+]
 
 
 @dataclass(frozen=True)
@@ -27,9 +39,12 @@ class Format:
     open
         path → Adapter; no tensor is loaded.
     write
-        Adapter and an empty folder → the weight file that was written into it.
+        Adapter and an empty folder → the weight file that was written into it; for a format of a
+        single file, Adapter and the file's path.
     size
         the exact size in bytes of that file; computes no tensor.
+    single_file
+        whether an adapter is one file, not a folder.
     """
 
     name: str
@@ -37,9 +52,23 @@ class Format:
     open: Callable[[Path], Adapter]
     write: Callable[[Adapter, Path], Path]
     size: Callable[[Adapter], int]
+    single_file: bool = False
 
 
-FORMATS: dict[str, Format] = {one.name: one for one in (Format("peft", sniff_peft, open_peft, write_peft, peft_size),)}
+def _is_file_of(holds: Callable[[SafetensorsFile], bool]) -> Callable[[Path], bool]:
+    return lambda path: path.is_file() and holds(read_safetensors(path))
+
+
+FORMATS: dict[str, Format] = {
+    one.name: one
+    for one in (
+        Format("peft", sniff_peft, open_peft, write_peft, peft_size),
+        Format("kohya", _is_file_of(is_kohya), open_kohya, write_kohya, kohya_size, single_file=True),
+        Format(
+            "diffusers", _is_file_of(is_diffusers), open_diffusers, write_diffusers, diffusers_size, single_file=True
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -59,24 +88,54 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
     location = Path(path).expanduser()
     if not location.exists():
         raise AdapterError(f"{location}: no such file or folder")
+    if location.is_file() and location.name.startswith("adapter_") and sniff_peft(location.parent):
+        raise AdapterError(f"{location}: is a file of a PEFT adapter; give its folder: {location.parent}")
+    if location.is_dir() and not sniff_peft(location):
+        location = _only_file(location)
     for one in FORMATS.values():
         if one.sniff(location):
             return one.open(location)
-    if location.is_file() and sniff_peft(location.parent):
-        raise AdapterError(f"{location}: is a file of a PEFT adapter; give its folder: {location.parent}")
-    raise AdapterError(f"{location}: no adapter found here; a PEFT adapter is a folder with adapter_config.json")
+    raise AdapterError(
+        f"{location}: no adapter found here: its tensors are named neither as kohya's tools nor as diffusers name "
+        "them, and a PEFT adapter is a folder with adapter_config.json"
+    )
+
+
+def _only_file(folder: Path) -> Path:
+    """The one safetensors file in a folder, as diffusers saves an adapter."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise AdapterError(
+            f"{folder}: no adapter found here; a PEFT adapter is a folder with adapter_config.json, kohya's and "
+            "diffusers' are .safetensors files"
+        )
+    if len(files) > 1:
+        raise AdapterError(f"{folder}: holds {len(files)} .safetensors files; give one of them, as {files[0]}")
+    return files[0]
+
+
+def check_output_of(adapter: Adapter, output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that this adapter cannot be saved to (see `check_output`). Raises OutputError."""
+    single_file = FORMATS[adapter.format].single_file
+    check_output(output, source=adapter.place, overwrite=overwrite, single_file=single_file)
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> Written:
     """Write an adapter in its format and check that the disk holds what was written.
 
-    The folder is written beside `path` under another name, fsynced, read back and renamed, so it
-    appears whole or not at all. Raises OutputError if it cannot be written, exists (without
+    The folder or file is written beside `path` under another name, fsynced, read back and renamed,
+    so it appears whole or not at all. Raises OutputError if it cannot be written, exists (without
     `overwrite`) or is the source.
     """
     output = Path(path).expanduser()
-    check_output(output, source=adapter.folder, overwrite=overwrite)
+    check_output_of(adapter, output, overwrite=overwrite)
     form = FORMATS[adapter.format]
+    if form.single_file:
+        with new_file(output) as file:
+            form.write(adapter, file)
+            _check_meaning(adapter, form.open(file))
+            size = file.stat().st_size
+        return Written(weights=output, nbytes=size)
     with new_folder(output) as folder:
         weights = form.write(adapter, folder)
         for name, file in adapter.files.items():
@@ -98,7 +157,10 @@ def weights_size(adapter: Adapter) -> int:
 
 
 def _check_meaning(planned: Adapter, written: Adapter) -> None:
-    """Read as PEFT reads it, the result must have the layers, ranks and scales that were planned."""
+    """Read again, the result must have the layers, ranks and scales that were planned.
+
+    Alpha tensors hold seven digits.
+    """
     if written.layers.keys() != planned.layers.keys():
         difference = sorted(written.layers.keys() ^ planned.layers.keys())
         raise OutputError(f"layer '{difference[0]}' was not written as planned; please report this")
@@ -109,7 +171,7 @@ def _check_meaning(planned: Adapter, written: Adapter) -> None:
             spec.out_features,
             spec.in_features,
         )
-        if not same_shape or not math.isclose(found.scale, spec.scale, rel_tol=1e-9):
+        if not same_shape or not math.isclose(found.scale, spec.scale, rel_tol=1e-6):
             raise OutputError(
                 f"layer '{name}' was not written as planned: {found} instead of {spec}; please report this"
             )

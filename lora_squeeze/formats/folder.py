@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written beside, fsynced, renamed."""
+"""Folders and files that appear whole or not at all: written beside, fsynced, renamed."""
 
 from __future__ import annotations
 
@@ -11,30 +11,54 @@ from pathlib import Path
 
 from lora_squeeze.errors import OutputError
 
-__all__ = ["check_output", "new_folder"]
+__all__ = ["check_output", "new_file", "new_folder"]
+
+SUFFIX = ".safetensors"
 
 
-def check_output(output: Path, *, source: Path | None, overwrite: bool) -> None:
+def check_output(output: Path, *, source: Path | None, overwrite: bool, single_file: bool = False) -> None:
     """Refuse an output that is the source, lies inside it or around it, or exists already.
 
-    Meant to be asked before any work is done. Raises OutputError.
+    Meant to be asked before any work is done.
+    source
+        the folder or the file that is read.
+    single_file
+        whether the output will be a file; its name must say that it is a safetensors file, as
+        programs that list adapters go by that.
+
+    Raises OutputError.
     """
     try:
         target = output.resolve()
         if source is not None:
             origin = source.resolve()
             if target == origin:
-                raise OutputError(f"{output}: output and source are the same folder; choose another output")
+                what = "file" if origin.is_file() else "folder"
+                raise OutputError(f"{output}: output and source are the same {what}; choose another output")
             if origin in target.parents or target in origin.parents:
                 raise OutputError(
                     f"{output}: the output may not lie inside the source or around it; choose another output"
                 )
-        if output.exists() and not output.is_dir():
+        if single_file:
+            _check_file(output)
+        elif output.exists() and not output.is_dir():
             raise OutputError(f"{output}: exists and is not a folder; choose another output")
-        if output.is_dir() and any(output.iterdir()) and not overwrite:
+        if _is_something(output) and not overwrite:
             raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
     except OSError as error:
         raise OutputError(f"{output}: cannot be used as output: {error.strerror}") from error
+
+
+def _check_file(output: Path) -> None:
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder, and this format is one file; try {output / f'lora{SUFFIX}'}")
+    if not output.name.endswith(SUFFIX):
+        raise OutputError(f"{output}: this format is one file; its name must end in {SUFFIX}: {output}{SUFFIX}")
+
+
+def _is_something(output: Path) -> bool:
+    """Whether there is a file, or a folder that is not empty."""
+    return any(output.iterdir()) if output.is_dir() else output.exists()
 
 
 @contextmanager
@@ -44,12 +68,7 @@ def new_folder(output: Path) -> Generator[Path, None, None]:
     If the block fails, the folder is removed and whatever was at `output` stays as it was.
     Raises OutputError if the folder cannot be made or moved.
     """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
-    try:
+    with _beside(output) as beside:
         yield beside
         beside.chmod(0o777 & ~_umask())
         for folder, _, names in os.walk(beside):
@@ -58,6 +77,32 @@ def new_folder(output: Path) -> Generator[Path, None, None]:
             _fsync(Path(folder))
         _replace(beside, output)
         _fsync(output.parent)
+
+
+@contextmanager
+def new_file(output: Path) -> Generator[Path, None, None]:
+    """Yield a path, where nothing is yet, whose file takes the place of `output` once the block has succeeded.
+
+    If the block fails, nothing is left and whatever was at `output` stays as it was. Raises
+    OutputError if the file cannot be made or moved.
+    """
+    with _beside(output) as beside:
+        yield beside / output.name
+        _fsync(beside / output.name)
+        (beside / output.name).replace(output)
+        _fsync(output.parent)
+
+
+@contextmanager
+def _beside(output: Path) -> Generator[Path, None, None]:
+    """A folder beside `output`, on the same disk, that is gone afterwards if it has not been moved."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
+    try:
+        yield beside
     except OSError as error:
         raise OutputError(f"{error.filename or output}: cannot be written: {error.strerror}") from error
     finally:

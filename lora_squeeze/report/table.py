@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from lora_squeeze.records import Analysis, Compression, Outcome, Ranks
+from lora_squeeze.summary import Summary
 
-__all__ = ["analysis_table", "bytes_text", "comparison_table", "compression_table", "layers_table", "plan_table"]
+__all__ = [
+    "analysis_table",
+    "bytes_text",
+    "comparison_table",
+    "compression_table",
+    "layers_table",
+    "plan_table",
+    "summary_table",
+]
 
 
 def analysis_table(analysis: Analysis) -> RenderableType:
@@ -118,6 +128,30 @@ def comparison_table(outcomes: Sequence[Outcome], *, source: str) -> RenderableT
                 )
         parts += ["", f"At most {_percent(fraction or 0)} of the parameters", table]
     return Group(*parts)
+
+
+def summary_table(summary: Summary) -> RenderableType:
+    """What an adapter is, one property a row."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("Adapter", escape(summary.source))
+    table.add_row("Format", summary.format)
+    table.add_row("Base model", escape(summary.base_model) or "not named")
+    table.add_row("Layers", _counts(summary.layers))
+    table.add_row("Ranks", _counts(summary.ranks))
+    table.add_row("Scales", _counts({f"{scale:g}": count for scale, count in summary.scales.items()}))
+    table.add_row("Dtypes", _counts(summary.dtypes))
+    table.add_row("Parameters", f"{summary.parameters:,}")
+    table.add_row("Weights", bytes_text(summary.nbytes))
+    kept = [f"{escape(key)} {list(shape)}" for key, shape in list(summary.passes_through.items())[:8]]
+    more = len(summary.passes_through) - len(kept)
+    table.add_row("Kept as it is", "\n".join([*kept, *([f"and {more} more"] if more else [])]) or "nothing")
+    return Group(table, *_notes(summary.notes))
+
+
+def _counts(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{value} ({count})" for value, count in counts.items())
 
 
 def bytes_text(count: float) -> str:

@@ -1,0 +1,31 @@
+"""lora-squeeze convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = ["convert_command"]
+
+
+@click.command("convert")
+@click.argument("path")
+@click.argument("output")
+@click.option("--to", required=True, type=click.Choice(("kohya", "diffusers", "peft")), help="The format of OUTPUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+def convert_command(path: str, output: str, to: str, overwrite: bool) -> None:
+    """Write the adapter at PATH to OUTPUT in another format: the same update under other names.
+
+    kohya and diffusers adapters are .safetensors files, PEFT adapters are folders.
+    """
+    from lora_squeeze.conversion import convert
+    from lora_squeeze.formats import check_output_of, open_adapter, save_adapter
+    from lora_squeeze.report.table import bytes_text
+
+    adapter = convert(open_adapter(path), to)
+    check_output_of(adapter, Path(output), overwrite=overwrite)
+    written = save_adapter(adapter, output, overwrite=overwrite)
+    click.echo(f"{written.weights}: {len(adapter.layers)} layers as {to}, {bytes_text(written.nbytes)}")
+    for note in adapter.notes:
+        click.echo(f"Note: {note}")

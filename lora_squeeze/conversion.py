@@ -1,0 +1,256 @@
+"""One format's adapter as another's, wherever names map without the model.
+
+Dots separate modules in PEFT's and diffusers' names; kohya's names have underscores in their place,
+so going back needs to know the words. Those of diffusers' UNet2DConditionModel and of CLIP's text
+encoders are known; names of other models (and the input_blocks / output_blocks of Stable
+Diffusion's first implementation, whose numbers depend on the UNet's configuration) do not map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough, whole
+from lora_squeeze.errors import AdapterError, UnsupportedAdapter
+from lora_squeeze.formats.diffusers import CONFIG_KEY, component_of
+from lora_squeeze.formats.tensors import DTYPES
+
+__all__ = ["convert"]
+
+_PEFT_PREFIX = "base_model.model."
+
+# What the words of kohya's names are, longest first: "to_out" is one word, "attn1_to" are two.
+_UNET_WORDS = (
+    "down_blocks up_blocks mid_block attentions resnets downsamplers upsamplers transformer_blocks attn1 attn2 "
+    "to_q to_k to_v to_out ff net proj_in proj_out proj conv_shortcut conv_in conv_out conv1 conv2 conv "
+    "time_emb_proj time_embedding add_embedding linear_1 linear_2"
+)
+_CLIP_WORDS = "text_model text_projection encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2"
+# kohya's prefix → the part of the pipeline and the words of its names.
+_KOHYA_PREFIXES = {
+    "lora_unet_": ("unet", _UNET_WORDS),
+    "lora_te_": ("text_encoder", _CLIP_WORDS),
+    "lora_te1_": ("text_encoder", _CLIP_WORDS),
+    "lora_te2_": ("text_encoder_2", _CLIP_WORDS),
+}
+
+# Metadata that describes a kohya file's own tensors: it would be wrong of another.
+_KOHYA_ONLY = re.compile(r"sshs_.*|modelspec\.hash_sha256|ss_network_(dim|alpha|args|module)")
+
+# The first words of a PEFT adapter's names → the part of a pipeline that has such modules.
+_FIRST_WORDS = {
+    "unet": ("down_blocks", "up_blocks", "mid_block", "time_embedding", "add_embedding"),
+    "transformer": ("transformer_blocks", "single_transformer_blocks", "context_embedder", "x_embedder"),
+    "text_encoder": ("text_model",),
+}
+
+
+def convert(adapter: Adapter, to: str) -> Adapter:
+    """The same update in another format; lazily, when it is saved.
+
+    to
+        "peft", "kohya" or "diffusers". kohya files get an alpha tensor for every module. In diffusers
+        files the scale goes into the factors, so that it is right for programs that read no header.
+
+    Raises UnsupportedAdapter if names do not map without the model or a tensor has no place there.
+    """
+    if adapter.format == to:
+        return adapter
+    via_diffusers = adapter if adapter.format == "diffusers" else _to_diffusers(adapter)
+    converted = {"diffusers": _with_scale_one, "kohya": _to_kohya, "peft": _to_peft}[to](via_diffusers)
+    left_behind = ", ".join(adapter.files)
+    notes = (f"a {to} adapter is one file, so these stay behind: {left_behind}",) if left_behind else ()
+    return replace(converted, format=to, files={}, notes=(*converted.notes, *notes))
+
+
+def _to_diffusers(adapter: Adapter) -> Adapter:
+    """Names and configuration as diffusers has them; the scales stay."""
+    if adapter.format == "kohya":
+        metadata = {key: value for key, value in adapter.metadata.items() if not _KOHYA_ONLY.fullmatch(key)}
+        return replace(_renamed(adapter, _diffusers_name, config={}, suffixes={}), metadata=metadata)
+    component = _component_of_peft(adapter)
+    config = {f"{component}.{field}": value for field, value in adapter.config.items() if not field.startswith("_")}
+    suffixes = {tensor.key: _moved(tensor.key, _PEFT_PREFIX, f"{component}.") for tensor in adapter.pass_through}
+    return _renamed(adapter, lambda name: f"{component}.{name}", config=config, suffixes=suffixes)
+
+
+def _to_kohya(adapter: Adapter) -> Adapter:
+    two_encoders = any(component_of(name) == "text_encoder_2" for name in adapter.layers)
+    prefixes = {
+        "unet": "lora_unet_",
+        "text_encoder": "lora_te1_" if two_encoders else "lora_te_",
+        "text_encoder_2": "lora_te2_",
+        "transformer": "lora_transformer_",
+    }
+
+    def name_of(name: str) -> str:
+        component = component_of(name)
+        if component not in prefixes:
+            raise UnsupportedAdapter(
+                f"{adapter.source}: kohya's format has no name for the part '{component}' of layer '{name}'; "
+                "ComfyUI reads the file as it is"
+            )
+        own = _plain_name(name).removeprefix(f"{component}.")
+        return prefixes[component] + own.replace(".", "_")
+
+    converted = _renamed(adapter, name_of, config={}, suffixes={})
+    layers = {
+        name: replace(spec, keys=(), alpha_dtype=spec.alpha_dtype or "F32") for name, spec in converted.layers.items()
+    }
+    metadata = {key: value for key, value in adapter.metadata.items() if key != CONFIG_KEY}
+    note = "lora_transformer_ names are OneTrainer's: ComfyUI reads them, sd-scripts has other names for these models"
+    notes = (note,) if any(name.startswith("lora_transformer_") for name in layers) else ()
+    return replace(converted, layers=layers, metadata=metadata, notes=(*converted.notes, *notes))
+
+
+def _to_peft(adapter: Adapter) -> Adapter:
+    components = list(dict.fromkeys(component_of(name) for name in adapter.layers))
+    if len(components) > 1:
+        raise UnsupportedAdapter(
+            f"{adapter.source}: a PEFT adapter is for one model, and this has layers of {' and '.join(components)}; "
+            "it can stay one file as diffusers or kohya"
+        )
+    prefix = f"{components[0]}."
+    suffixes = {tensor.key: _moved(tensor.key, prefix, _PEFT_PREFIX) for tensor in adapter.pass_through}
+    own = {key.removeprefix(prefix): value for key, value in adapter.config.items() if key.startswith(prefix)}
+    converted = _renamed(adapter, lambda name: _plain_name(name).removeprefix(prefix), config={}, suffixes=suffixes)
+    config: dict[str, Any] = {
+        "target_modules": sorted(converted.layers),
+        "use_dora": any("lora_magnitude_vector" in key for key in suffixes),
+        "lora_bias": any(key.endswith(".lora_B.bias") for key in suffixes),
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        **own,
+        "peft_type": "LORA",
+    }
+    metadata = {key: value for key, value in adapter.metadata.items() if key != CONFIG_KEY}
+    return replace(converted, config=config, metadata=metadata, single_file=adapter.single_file)
+
+
+def _with_scale_one(adapter: Adapter) -> Adapter:
+    """The scale in the factor `up`, so that alpha is the rank and need not be written."""
+    layers = {name: replace(spec, scale=1.0, alpha_dtype="") for name, spec in adapter.layers.items()}
+
+    def scaled(name: str, read: Callable[[str], LoraLayer]) -> LoraLayer:
+        layer, dtype = read(name), DTYPES[layers[name].up_dtype]
+        if layer.scale == 1:
+            return layer
+        up = (layer.up.double() * layer.scale).to(dtype)
+        if not torch.isfinite(up).all():
+            raise AdapterError(
+                f"{adapter.source}: layer '{name}': with its scale {layer.scale:g} in the factors they overflow "
+                f"{layers[name].up_dtype}; squeeze it with --dtype bf16 or f32 first"
+            )
+        return replace(layer, up=up, scale=1.0)
+
+    scales = sorted({spec.scale for spec in adapter.layers.values()} - {1.0})
+    notes = (f"the scale ({scales[0]:g}{', …' if len(scales) > 1 else ''}) goes into the factors",) if scales else ()
+    config = {key: value for key, value in adapter.config.items() if not key.endswith(".use_rslora")}
+    return replace(
+        adapter,
+        layers=layers,
+        config=config,
+        load=partial(scaled, read=adapter.load),
+        borrow=partial(scaled, read=adapter.borrow),
+        notes=(*adapter.notes, *notes),
+    )
+
+
+def _renamed(
+    adapter: Adapter, name_of: Callable[[str], str], *, config: Mapping[str, Any], suffixes: Mapping[str, str]
+) -> Adapter:
+    """The adapter with other names for layers and for what is carried over.
+
+    suffixes
+        old key → new key of every tensor that is carried over; what is missing has no place.
+    """
+    names = {old: name_of(old) for old in adapter.layers}
+    doubled = [name for name, count in Counter(names.values()).items() if count > 1]
+    if doubled:
+        raise UnsupportedAdapter(f"{adapter.source}: two layers would both be named '{doubled[0]}'")
+    homeless = [tensor.key for tensor in adapter.pass_through if not suffixes.get(tensor.key)]
+    if homeless:
+        raise UnsupportedAdapter(
+            f"{adapter.source}: tensor '{homeless[0]}' is no factor of a LoRA pair, and it is not known what it is "
+            "called in the other format; keep the format"
+        )
+    for spec in adapter.layers.values():
+        if spec.kind not in ("linear", "conv") or whole(spec.name) != spec.name:
+            what = "an embedding" if spec.kind == "embedding" else "a part of a module"
+            raise UnsupportedAdapter(f"{adapter.source}: layer '{spec.name}' is {what}; only PEFT's format has those")
+    old_names = {new: old for old, new in names.items()}
+
+    def read(name: str, original: Callable[[str], LoraLayer]) -> LoraLayer:
+        return replace(original(old_names[name]), name=name)
+
+    return replace(
+        adapter,
+        format="diffusers",
+        layers={names[old]: _renamed_spec(spec, names[old]) for old, spec in adapter.layers.items()},
+        load=partial(read, original=adapter.load),
+        borrow=partial(read, original=adapter.borrow),
+        pass_through=tuple(_renamed_tensor(tensor, suffixes[tensor.key]) for tensor in adapter.pass_through),
+        config=config,
+    )
+
+
+def _renamed_spec(spec: LayerSpec, name: str) -> LayerSpec:
+    return replace(spec, name=name, keys=(), stored_as="")
+
+
+def _renamed_tensor(tensor: PassThrough, key: str) -> PassThrough:
+    return replace(tensor, key=key, layer="")
+
+
+def _moved(key: str, old: str, new: str) -> str:
+    """The key of a LoRA layer's own tensor under another prefix; "" if it is no such tensor."""
+    own = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias")
+    return new + key.removeprefix(old) if key.startswith(old) and key.endswith(tuple(f".{end}" for end in own)) else ""
+
+
+def _plain_name(name: str) -> str:
+    """diffusers' old spelling of attention modules, which had a processor between, as the model names them."""
+    plain = name.replace(".processor.", ".")
+    if plain != name and plain.endswith(".to_out"):
+        plain += ".0"
+    return plain
+
+
+def _component_of_peft(adapter: Adapter) -> str:
+    first_words = {name.partition(".")[0] for name in adapter.layers}
+    for component, words in _FIRST_WORDS.items():
+        if first_words <= set(words):
+            return component
+    name = next(iter(adapter.layers))
+    raise UnsupportedAdapter(
+        f"{adapter.source}: layer '{name}' belongs to no part of a diffusers pipeline that is known by its names; "
+        "load it with PEFT and save it with the pipeline's save_lora_weights"
+    )
+
+
+def _diffusers_name(name: str) -> str:
+    """A kohya name with its dots. Raises UnsupportedAdapter where only the model could tell."""
+    if component_of(name):
+        return name  # dots and all: musubi-tuner and others write these
+    for prefix, (component, words) in _KOHYA_PREFIXES.items():
+        if name.startswith(prefix) and (parts := _split(name.removeprefix(prefix), words)):
+            return ".".join((component, *parts))
+    raise UnsupportedAdapter(
+        f"layer '{name}': kohya's names have underscores for dots, and without the model only those of a diffusers "
+        "UNet and of CLIP's text encoders can be told apart; ComfyUI and diffusers load the kohya file as it is"
+    )
+
+
+def _split(name: str, words: str) -> list[str]:
+    """The name's words; empty if it has others."""
+    one = r"\d+|" + "|".join(sorted(words.split(), key=len, reverse=True))
+    if not re.fullmatch(rf"({one})(_({one}))*", name):
+        return []
+    return re.findall(rf"(?:^|(?<=_))({one})(?=_|$)", name)

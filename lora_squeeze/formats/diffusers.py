@@ -1,0 +1,277 @@
+"""diffusers files: one safetensors file whose keys begin with the part of the pipeline they belong to.
+
+Where the scale of a module stands (read off diffusers 0.42, utils/peft_utils.py:_create_lora_config):
+
+- in the header under `lora_adapter_metadata`: the fields of a LoraConfig for each part, such as
+  "unet.r". All pipelines read it, and one that finds it takes ranks and scales from nowhere else.
+- in a tensor NAME.alpha: alpha / rank. Flux and Qwen-Image read it; Stable Diffusion (1, 2, XL, 3)
+  refuses files with such tensors, and Flux refuses files with both.
+- nowhere: the scale is 1. Older versions got that wrong where ranks differ.
+
+So a file is written in the way its scales were found, and where ranks come to differ in a file
+that says nothing, it gets the header.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
+from lora_squeeze.errors import AdapterError
+from lora_squeeze.formats.pairs import (
+    blocks_of,
+    kept_note,
+    pass_through,
+    pick_alpha_dtype,
+    read_alpha,
+    read_pair,
+    refuse_other_methods,
+)
+from lora_squeeze.formats.tensors import (
+    Block,
+    SafetensorsFile,
+    read_safetensors,
+    safetensors_size,
+    sha256_of_file,
+    write_safetensors,
+)
+
+__all__ = ["CONFIG_KEY", "component_of", "diffusers_size", "is_diffusers", "open_diffusers", "write_diffusers"]
+
+CONFIG_KEY = "lora_adapter_metadata"
+
+# Parts of a pipeline that take adapters; "diffusion_model" is ComfyUI's name for the denoiser.
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder|controlnet|prior|diffusion_model|connectors)(_\d+)?")
+_FACTOR = re.compile(
+    r"(?P<module>.+?)(?P<link>\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)"
+    r"(?P<factor>A|B|down|up)(?:\.default)?\.weight"
+)
+_SIDE = {"A": "down", "down": "down", "B": "up", "up": "up"}
+
+
+def is_diffusers(file: SafetensorsFile) -> bool:
+    """Whether there is a LoRA pair, or one of another method, that belongs to a part of a pipeline."""
+    return any(component_of(key) and (".lora" in key or "_lora." in key or ".lokr_" in key) for key in file.tensors)
+
+
+def component_of(name: str) -> str:
+    """The part of a pipeline that a key or a layer belongs to; "" if its first word is none."""
+    first = name.partition(".")[0]
+    return first if _COMPONENT.fullmatch(first) else ""
+
+
+def open_diffusers(path: Path) -> Adapter:
+    """Read names, shapes and scales; no factor is loaded.
+
+    Raises AdapterError if the file is damaged, a pair incomplete or a scale contradictory,
+    UnsupportedAdapter if its method is not LoRA.
+    """
+    file = read_safetensors(path)
+    refuse_other_methods(file)
+    config = _read_config(file)
+    pairs, other = _pair(file)
+    layers = {name: _layer_spec(name, keys, file, config) for name, keys in pairs.items()}
+
+    def read(name: str, down_as: str = "", up_as: str = "") -> LoraLayer:
+        spec, keys = layers[name], pairs[name]
+        return LoraLayer(
+            name=name,
+            down=file.read(keys["down"], borrow_as=down_as).reshape(spec.rank, spec.in_features),
+            up=file.read(keys["up"], borrow_as=up_as).reshape(spec.out_features, spec.rank),
+            scale=spec.scale,
+        )
+
+    kept = tuple(pass_through(file, key, layer=key.partition(".lora_")[0]) for key in other)
+    return Adapter(
+        source=str(path),
+        format="diffusers",
+        layers=layers,
+        load=read,
+        borrow=partial(read, down_as="down", up_as="up"),
+        pass_through=kept,
+        config=config,
+        metadata=file.metadata,
+        weights=path,
+        sha256=cache(lambda: sha256_of_file(path)),
+        notes=(*_notes(other), *kept_note(kept)),
+        single_file=True,
+    )
+
+
+def write_diffusers(adapter: Adapter, path: Path) -> Path:
+    """Write a new file; return its path."""
+    write_safetensors(path, _blocks(adapter), _metadata(adapter), late_metadata=adapter.late_metadata)
+    return path
+
+
+def diffusers_size(adapter: Adapter) -> int:
+    """The exact size in bytes of the file that `write_diffusers` would write; computes no tensor."""
+    return safetensors_size(_blocks(adapter), _metadata(adapter))
+
+
+def _read_config(file: SafetensorsFile) -> dict[str, Any]:
+    text = file.metadata.get(CONFIG_KEY)
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise AdapterError(f"{file.path}: '{CONFIG_KEY}' in the header is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file.path}: '{CONFIG_KEY}' in the header must be a JSON object")
+    return config
+
+
+def _pair(file: SafetensorsFile) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Module → its keys {"down": …, "up": …, "alpha": …}, and the keys that belong to no pair."""
+    pairs: dict[str, dict[str, str]] = {}
+    for key in file.tensors:
+        if match := _FACTOR.fullmatch(key):
+            if not component_of(key):
+                raise AdapterError(
+                    f"{file.path}: '{key}' begins with no part of a pipeline (unet., transformer., text_encoder., …), "
+                    "so it is not known what it belongs to; save it with diffusers' save_lora_weights"
+                )
+            keys = pairs.setdefault(match["module"], {})
+            if keys.setdefault(_SIDE[match["factor"]], key) != key:
+                raise AdapterError(f"{file.path}: '{key}' and '{keys[_SIDE[match['factor']]]}' are the same factor")
+    for name, keys in pairs.items():
+        if len(keys) < 2:
+            (present,) = keys.values()
+            raise AdapterError(f"{file.path}: '{present}' has no other factor beside it; the file is incomplete")
+        if f"{name}.alpha" in file.tensors:
+            keys["alpha"] = f"{name}.alpha"
+    if not pairs:
+        raise AdapterError(f"{file.path}: holds no pair of LoRA factors; is this a LoRA?")
+    used = {key for keys in pairs.values() for key in keys.values()}
+    return pairs, [key for key in file.tensors if key not in used]
+
+
+def _layer_spec(name: str, keys: Mapping[str, str], file: SafetensorsFile, config: Mapping[str, Any]) -> LayerSpec:
+    spec = read_pair(file, name, keys["down"], keys["up"])
+    declared = _declared_scale(spec, config, file)
+    if "alpha" in keys:
+        scale = read_alpha(file, keys["alpha"]) / spec.rank
+        if declared is not None and not math.isclose(scale, declared, rel_tol=1e-6):
+            raise AdapterError(
+                f"{file.path}: '{keys['alpha']}' gives the scale {scale:g}, '{CONFIG_KEY}' in the header {declared:g}; "
+                "remove the one that is wrong"
+            )
+        return replace(spec, scale=scale, alpha_dtype=file.tensors[keys["alpha"]].dtype)
+    return spec if declared is None else replace(spec, scale=declared)
+
+
+def _declared_scale(spec: LayerSpec, config: Mapping[str, Any], file: SafetensorsFile) -> float | None:
+    """The scale that the header gives a layer as PEFT reads it; None if the header says nothing."""
+    component = component_of(spec.name)
+    if f"{component}.r" not in config:
+        return None
+    name = spec.name.removeprefix(f"{component}.")
+    rank = _first_match(config, f"{component}.rank_pattern", name, config[f"{component}.r"], file)
+    alpha = _first_match(config, f"{component}.alpha_pattern", name, config.get(f"{component}.lora_alpha", 8), file)
+    if rank != spec.rank:
+        raise AdapterError(
+            f"{file.path}: '{CONFIG_KEY}' in the header declares rank {rank:g} for '{spec.name}', but its factors have "
+            f"{spec.rank}; save the adapter again"
+        )
+    return alpha / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank)
+
+
+def _first_match(config: Mapping[str, Any], field: str, name: str, default: Any, file: SafetensorsFile) -> float:
+    """PEFT's rule: the first pattern for which re.match(rf"(.*\\.)?({key})$", name) holds, else the default."""
+    patterns = config.get(field) or {}
+    place = f"{file.path}: '{field}' in the header"
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{place} must map module patterns to numbers")
+    for key, value in {**patterns, r".*": default}.items():
+        try:
+            found = re.match(rf"(.*\.)?({key})$", name)
+        except re.error as error:
+            raise AdapterError(f"{place} has '{key}', which is not a regular expression: {error}") from error
+        if found:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise AdapterError(f"{place} must give numbers, not {json.dumps(value)}")
+            return value
+    raise AssertionError("the last pattern matches everything")
+
+
+def _notes(other: list[str]) -> Iterator[str]:
+    if any("lora_magnitude_vector" in key or key.endswith(".dora_scale") for key in other):
+        yield (
+            "DoRA: the low-rank direction is squeezed and the magnitudes are kept, so the error reported is "
+            "that of the low-rank part, not of the normalised weight"
+        )
+
+
+def _blocks(adapter: Adapter) -> list[Block]:
+    with_alpha = any(spec.alpha_dtype for spec in adapter.layers.values())
+    alphas = {spec.name: pick_alpha_dtype(spec) for spec in adapter.layers.values()} if with_alpha else {}
+    return blocks_of(adapter, _keys, alphas=alphas)
+
+
+def _keys(spec: LayerSpec) -> tuple[str, ...]:
+    return spec.keys or (f"{spec.name}.lora_A.weight", f"{spec.name}.lora_B.weight")
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    metadata = {**adapter.metadata, "format": "pt"}
+    if config := _config_for(adapter):
+        metadata[CONFIG_KEY] = json.dumps(config, indent=2, sort_keys=True)
+    return metadata
+
+
+def _config_for(adapter: Adapter) -> dict[str, Any]:
+    """The LoraConfig fields of every part, if the source had them or if nothing else would give the scales."""
+    layers = adapter.layers.values()
+    with_alpha = any(spec.alpha_dtype for spec in layers)
+    plain = all(spec.scale == 1 for spec in layers) and len({spec.rank for spec in layers}) == 1
+    if not adapter.config and (with_alpha or plain):
+        return {}
+    config = dict(adapter.config)
+    for component in dict.fromkeys(component_of(spec.name) for spec in layers):
+        own = [spec for spec in layers if component_of(spec.name) == component]
+        config.update(_component_config(component, own, adapter))
+    return config
+
+
+def _component_config(component: str, layers: list[LayerSpec], adapter: Adapter) -> dict[str, Any]:
+    rank = max(spec.rank for spec in layers)
+    scales = [spec.scale for spec in layers]
+    scale = max(dict.fromkeys(scales), key=scales.count)
+    root = bool(adapter.config.get(f"{component}.use_rslora", False))
+    differing = [spec for spec in layers if spec.rank != rank or spec.scale != scale]
+    config: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": _alpha(scale, rank, root=root),
+        "rank_pattern": {_pattern(spec.name, component): spec.rank for spec in differing if spec.rank != rank},
+        "alpha_pattern": {
+            _pattern(spec.name, component): _alpha(spec.scale, spec.rank, root=root) for spec in differing
+        },
+    }
+    left_out = any(component_of(name) == component for name in adapter.left_out)
+    if left_out or f"{component}.target_modules" not in adapter.config:
+        config["target_modules"] = sorted(spec.name.removeprefix(f"{component}.") for spec in layers)
+    keys = [tensor.key for tensor in adapter.pass_through if component_of(tensor.key) == component]
+    if not adapter.config:
+        config["use_dora"] = any("lora_magnitude_vector" in key for key in keys)
+        config["lora_bias"] = any(key.endswith(".lora_B.bias") for key in keys)
+    return {f"{component}.{field}": value for field, value in config.items()}
+
+
+def _pattern(name: str, component: str) -> str:
+    """Matches this module only; text encoders lose the first word of their names in newer transformers."""
+    own = re.escape(name.removeprefix(f"{component}."))
+    return "^" + re.sub(r"^text_model\\\.", r"(text_model\\.)?", own)
+
+
+def _alpha(scale: float, rank: int, *, root: bool) -> float:
+    alpha = scale * (math.sqrt(rank) if root else rank)
+    nearest = round(alpha)
+    return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
