@@ -21,7 +21,7 @@ from lora_squeeze.errors import RankError
 from lora_squeeze.limits import Group
 from lora_squeeze.records import Spectrum
 
-__all__ = ["cheapest_for_energy", "most_energy", "price_of"]
+__all__ = ["cheapest_for_energy", "filled", "most_energy", "price_of", "smallest"]
 
 _HALVINGS = 32  # of the price; what remains is taken one by one
 
@@ -81,6 +81,47 @@ def cheapest_for_energy(spectra: Sequence[Spectrum], groups: Sequence[Group], en
             )
         steps[position] += 1
     return [ladder.ranks[step] for ladder, step in zip(ladders, steps, strict=True)]
+
+
+def smallest(spectra: Sequence[Spectrum], found: Sequence[Group], cost: Callable[[Spectrum], int]) -> list[int]:
+    """The least that may be written: the smallest allowed ranks, but one component at least."""
+    ranks = [group.allowed[0] for group in found]
+    if not any(ranks):
+        prices = {
+            position: price_of(spectra, group, group.round_up(1), cost)
+            for position, group in enumerate(found)
+            if group.allowed[-1] > 0
+        }
+        if prices:
+            cheapest = min(prices, key=prices.__getitem__)
+            ranks[cheapest] = found[cheapest].round_up(1)
+    return ranks
+
+
+def filled(
+    spectra: Sequence[Spectrum],
+    found: Sequence[Group],
+    ranks: list[int],
+    cost: Callable[[Spectrum], int],
+    left: Callable[[Sequence[int]], int],
+) -> list[int]:
+    """Take what still fits, best first, until nothing does; `left` is what a plan leaves of the budget."""
+    while True:
+        room = left(ranks)
+        steps: list[tuple[float, int, int]] = []
+        for position, (group, rank) in enumerate(zip(found, ranks, strict=True)):
+            more = group.round_up(rank + 1)
+            price = price_of(spectra, group, more, cost) - price_of(spectra, group, rank, cost)
+            gain = sum(spectra[m].retained_energy(more) - spectra[m].retained_energy(rank) for m in group.members)
+            if more > rank and gain > 0 and 0 < price <= room:
+                steps.append((-gain / price, position, more))
+        for _, position, more in sorted(steps):
+            tried = [*ranks[:position], more, *ranks[position + 1 :]]
+            if left(tried) >= 0:
+                ranks = tried
+                break
+        else:
+            return ranks
 
 
 def price_of(spectra: Sequence[Spectrum], group: Group, rank: int, cost: Callable[[Spectrum], int]) -> int:

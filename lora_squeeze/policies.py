@@ -17,7 +17,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Any, Literal
 
-from lora_squeeze.budget import cheapest_for_energy, most_energy, price_of
+from lora_squeeze.budget import cheapest_for_energy, filled, most_energy, price_of, smallest
 from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Group, Limits, Ranked, groups
 from lora_squeeze.records import Ranks, Spectrum
@@ -172,7 +172,7 @@ def para_rank(spectra: Sequence[Spectrum], fraction: float, *, limits: Limits = 
     count = _ceil(fraction * sum(s.rank for s in spectra))
     ranks = most_energy(spectra, found, _one, count)
     return _planned(
-        f"para-rank={_spell(fraction)}", spectra, found, ranks if any(ranks) else _smallest(spectra, found, _one)
+        f"para-rank={_spell(fraction)}", spectra, found, ranks if any(ranks) else smallest(spectra, found, _one)
     )
 
 
@@ -203,12 +203,12 @@ def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LI
     def cost(spectrum: Spectrum) -> int:
         return spectrum.component_size
 
-    smallest = _smallest(spectra, found, cost)
-    least = sum(price_of(spectra, group, rank, cost) for rank, group in zip(smallest, found, strict=True))
+    floor = smallest(spectra, found, cost)
+    least = sum(price_of(spectra, group, rank, cost) for rank, group in zip(floor, found, strict=True))
     if allowed < least:
         raise RankError(f"params={_spell(budget)} is not possible: the smallest ranks allowed have {least} parameters")
     ranks = most_energy(spectra, found, cost, allowed)
-    return _planned(f"params={_spell(budget)}", spectra, found, ranks if any(ranks) else smallest)
+    return _planned(f"params={_spell(budget)}", spectra, found, ranks if any(ranks) else floor)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
     def planned(ranks: Sequence[int]) -> Ranks:
         return _planned(f"size={budget}", spectra, found, ranks)
 
-    ranks = _smallest(spectra, found, component_bytes)
+    ranks = smallest(spectra, found, component_bytes)
     if (least := cost.file_size(planned(ranks))) > budget:
         raise RankError(f"size={budget} is not possible: the smallest ranks allowed make a file of {least} bytes")
     # The header grows with the layers that are kept, so its size is known only with the plan.
@@ -249,7 +249,7 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
             break
         available -= excess
     return planned(
-        _filled(spectra, found, list(ranks), component_bytes, lambda tried: budget - cost.file_size(planned(tried)))
+        filled(spectra, found, list(ranks), component_bytes, lambda tried: budget - cost.file_size(planned(tried)))
     )
 
 
@@ -319,47 +319,6 @@ def candidate_ranks(source_rank: int, given: Iterable[int] = ()) -> tuple[int, .
 def retention_curve(spectra: Iterable[Spectrum], rank: int) -> list[float]:
     """V(rank) of every layer that is not exactly zero; [1.0] if there is none."""
     return [s.retained_variance(rank) for s in spectra if s.energy > 0] or [1.0]
-
-
-def _smallest(spectra: Sequence[Spectrum], found: Sequence[Group], cost: Callable[[Spectrum], int]) -> list[int]:
-    """The least that may be written: the smallest allowed ranks, but one component at least."""
-    ranks = [group.allowed[0] for group in found]
-    if not any(ranks):
-        prices = {
-            position: price_of(spectra, group, group.round_up(1), cost)
-            for position, group in enumerate(found)
-            if group.allowed[-1] > 0
-        }
-        if prices:
-            cheapest = min(prices, key=prices.__getitem__)
-            ranks[cheapest] = found[cheapest].round_up(1)
-    return ranks
-
-
-def _filled(
-    spectra: Sequence[Spectrum],
-    found: Sequence[Group],
-    ranks: list[int],
-    cost: Callable[[Spectrum], int],
-    left: Callable[[Sequence[int]], int],
-) -> list[int]:
-    """Take what still fits, best first, until nothing does; `left` is what a plan leaves of the budget."""
-    while True:
-        room = left(ranks)
-        steps: list[tuple[float, int, int]] = []
-        for position, (group, rank) in enumerate(zip(found, ranks, strict=True)):
-            more = group.round_up(rank + 1)
-            price = price_of(spectra, group, more, cost) - price_of(spectra, group, rank, cost)
-            gain = sum(spectra[m].retained_energy(more) - spectra[m].retained_energy(rank) for m in group.members)
-            if more > rank and gain > 0 and 0 < price <= room:
-                steps.append((-gain / price, position, more))
-        for _, position, more in sorted(steps):
-            tried = [*ranks[:position], more, *ranks[position + 1 :]]
-            if left(tried) >= 0:
-                ranks = tried
-                break
-        else:
-            return ranks
 
 
 def _one(_spectrum: Spectrum) -> int:
