@@ -112,7 +112,9 @@ def _build(section: type[Any], document: dict[str, Any], place: str) -> Any:
     known = {one.name: one for one in fields(section)}
     for key in document:
         if key not in known:
-            raise SettingsError(f"{place}unknown key '{key}'{_suggestion(key, known)}")
+            file, _, inside = place.partition(": ")
+            section_name = f"[{inside.rstrip('.')}] " if inside else ""
+            raise SettingsError(f"{file}: {section_name}unknown key '{key}'{_suggestion(key, known)}")
     values: dict[str, Any] = {}
     for name, one in known.items():
         if name in document:
