@@ -25,10 +25,10 @@ help: ## show this list
 
 install: $(VENV)/.dev ## create .venv with the package, its extras and the development tools
 
-demo: $(VENV)/.demo ## train, squeeze and evaluate a text classifier (about 4 minutes on two cores)
+demo: $(VENV)/.demo ## train, squeeze and evaluate a text classifier
 	$(OFFLINE) $(THREADS) $(BIN)/python examples/squeeze_classifier.py $(ARGS)
 
-demo-lm: $(VENV)/.demo-lm ## the same for a causal language model (about 6 minutes on two cores)
+demo-lm: $(VENV)/.demo-lm ## the same for a causal language model
 	$(OFFLINE) $(THREADS) $(BIN)/python examples/squeeze_language_model.py $(ARGS)
 
 test: $(VENV)/.dev ## run the tests
