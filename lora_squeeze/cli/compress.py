@@ -64,6 +64,8 @@ def compress_command(
     from lora_squeeze.formats import check_output_of
     from lora_squeeze.report.table import compression_table
 
+    if max_lora_rank is not None and runtime == "peft":
+        raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     policies = _policies(rank, retain, ranks_file, rank_options)
     adapter = open_adapter(path)
     suffix = ".safetensors" if adapter.single_file else ""
