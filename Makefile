@@ -62,7 +62,7 @@ $(VENV)/.train: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.train
-	$(PIP) install --constraint constraints.txt --requirement requirements-dev.txt
+	$(PIP) install --constraint constraints.txt --editable '.[all]' --requirement requirements-dev.txt
 	@touch $@
 
 # Only files inside these packages are read, so what their code depends on is left out.
