@@ -19,10 +19,11 @@ from lora_squeeze.errors import RankError
 
 __all__ = ["EQUAL", "NO_LIMITS", "Group", "Limits", "Ranked", "groups"]
 
-# Named groups for `equal`: what is replaced by "*" to find the layers that belong together.
+# Named groups for `equal`: what is replaced by "*" to find the layers that belong together. kohya's
+# names have underscores for dots, so a word may begin and end at either.
 EQUAL = {
-    "qkv": r"\b(q|k|v|to_q|to_k|to_v|query|key|value)(_proj|_lin)?\b",
-    "experts": r"\bexperts\.\d+\b|#\d+$",
+    "qkv": r"(?<![^\W_])(to_)?(q|k|v|query|key|value)(_proj|_lin)?(?![^\W_])",
+    "experts": r"(?<![^\W_])experts[._]\d+(?![^\W_])|#\d+$",
 }
 
 
