@@ -102,7 +102,7 @@ def compress(
     )
 
 
-def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "peft") -> Cost:
+def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "") -> Cost:
     """What files made of this adapter cost, for `policies.size`: nothing is computed for it."""
 
     def component_bytes(spec: LayerSpec) -> int:

@@ -7,6 +7,7 @@ change any day: `check` says what these rules say, and the runtime has the last 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ __all__ = [
     "Problem",
     "Runtime",
     "as_plain_lora",
+    "caveats",
     "check",
     "fit",
     "limits_for",
@@ -30,6 +32,7 @@ __all__ = [
     "padded",
     "rank_cap",
     "refuse_unloadable",
+    "rules_of",
 ]
 
 
@@ -94,6 +97,13 @@ _NO_DORA = "DoRA's magnitudes are not supported there; merge the adapter into th
 _NO_FULL_MODULES = "fully trained modules are not loaded there; serve them as part of the base model"
 _NO_BIAS = "trained biases are not loaded there"
 _NO_TOKENS = "trained token embeddings are not loaded there"
+
+# Experts that are modules of their own, as in adapters saved under transformers 4 (PEFT fuses them:
+# peft/utils/transformers_weight_conversion.py, which sets the rank of what it fuses from r).
+_EXPERT_MODULE = re.compile(r"(.+\.)?experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)")
+
+# Where nobody names a runtime, an adapter is for whatever reads its format.
+_ANY = Runtime(name="", source="", formats=("peft", "kohya", "diffusers"))
 
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
@@ -177,15 +187,22 @@ class Problem:
     what_to_do: str
 
 
+def rules_of(runtime: str) -> Runtime:
+    """What a runtime accepts; "" is whatever reads the adapter's format."""
+    return RUNTIMES[runtime] if runtime else _ANY
+
+
 def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -> list[Problem]:
     """All reasons why this runtime would not load the adapter, or would apply another update.
 
+    runtime
+        "" is whatever reads the adapter's format.
     max_lora_rank
         what the server was started with; None takes the runtime's default.
 
     Raises RankError for a max_lora_rank that the runtime does not know.
     """
-    rules = RUNTIMES[runtime]
+    rules = rules_of(runtime)
     if adapter.format not in rules.formats:
         return [Problem(f"it is a {adapter.format} adapter", f"{runtime} reads {' and '.join(rules.formats)}")]
     problems = [
@@ -251,9 +268,22 @@ def _misread(adapter: Adapter, rules: Runtime, what_to_do: str) -> list[Problem]
     return []
 
 
+def caveats(adapter: Adapter) -> tuple[str, ...]:
+    """What may go wrong when PEFT loads the adapter, depending on the version of transformers."""
+    experts = [spec for spec in adapter.layers.values() if _EXPERT_MODULE.fullmatch(spec.name)]
+    odd = next((spec for spec in experts if spec.rank != adapter.rank), None)
+    if adapter.format != "peft" or odd is None:
+        return ()
+    return (
+        f"transformers 5 fuses the experts of many models when PEFT loads modules such as '{odd.name}', which works only "
+        f"if all have rank r: this one has {odd.rank}, r is {adapter.rank}; where that matters, give all layers one rank "
+        "(--rank, or --equal '.+')",
+    )
+
+
 def rank_cap(runtime: str, max_lora_rank: int | None) -> int | None:
     """The largest rank an adapter may have there. Raises RankError for a cap the runtime does not know."""
-    rules = RUNTIMES[runtime]
+    rules = rules_of(runtime)
     if max_lora_rank is None:
         return rules.default_max_rank
     if max_lora_rank < 1 or (rules.max_ranks and max_lora_rank not in rules.max_ranks):
@@ -264,24 +294,19 @@ def rank_cap(runtime: str, max_lora_rank: int | None) -> int | None:
 
 def needs_one_alpha(adapter: Adapter, runtime: str) -> bool:
     """Whether this runtime applies the right scale only if all modules of this adapter have one alpha."""
-    return adapter.format == "kohya" and not RUNTIMES[runtime].mixed_alphas
+    return adapter.format == "kohya" and not rules_of(runtime).mixed_alphas
 
 
 def fit(adapter: Adapter, runtime: str) -> Adapter:
     """The same update as this runtime wants it: padded to one rank, rsLoRA as plain LoRA."""
-    rules = RUNTIMES[runtime]
+    rules = rules_of(runtime)
     if not rules.rslora or not rules.mixed_scales:
         adapter = as_plain_lora(adapter)
     return adapter if rules.mixed_ranks else padded(adapter)
 
 
 def refuse_unloadable(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -> None:
-    """Raise UnsupportedAdapter, with all reasons, if this runtime would not load the adapter.
-
-    "peft" is what is meant where nobody names a runtime, so it refuses no format.
-    """
-    if runtime == "peft":
-        return
+    """Raise UnsupportedAdapter, with all reasons, if this runtime would not load the adapter."""
     if problems := check(adapter, runtime, max_lora_rank=max_lora_rank):
         reasons = "; ".join(f"{problem.what} ({problem.what_to_do})" for problem in problems)
         raise UnsupportedAdapter(f"{adapter.source}: {runtime} would not load it: {reasons}")
@@ -296,7 +321,7 @@ def limits_for(runtime: str, limits: Limits, *, max_lora_rank: int | None = None
     cap = rank_cap(runtime, max_lora_rank)
     if cap is not None:
         limits = replace(limits, max_rank=cap if limits.max_rank is None else min(cap, limits.max_rank))
-    if not RUNTIMES[runtime].mixed_ranks:
+    if not rules_of(runtime).mixed_ranks:
         limits = replace(limits, equal=(*limits.equal, ".+"))
     return limits
 

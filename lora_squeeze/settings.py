@@ -44,7 +44,7 @@ class SqueezeSettings:
     steps: list[int] = field(default_factory=list[int])  # round ranks up to one of these
     rank_for: dict[str, int] = field(default_factory=dict[str, int])  # pattern → rank; the first match decides
     equal: list[str] = field(default_factory=list[str])  # groups of layers with equal ranks: qkv, experts, a pattern
-    runtime: str = "peft"  # what has to load it: peft, vllm, sglang, llamacpp, diffusers or comfyui
+    runtime: str = ""  # what has to load it: peft, vllm, sglang, llamacpp, diffusers or comfyui; "": its format's tools
     max_lora_rank: int = 0  # what that server allows; 0: its default
     overwrite: bool = False  # replace an existing output
 
@@ -84,7 +84,7 @@ class Settings:
 CHOICES = {
     "by": ("mean", "worst"),
     "method": ("gram", "qr", "randomized", "dense"),
-    "runtime": ("peft", "vllm", "sglang", "llamacpp", "diffusers", "comfyui"),
+    "runtime": ("", "peft", "vllm", "sglang", "llamacpp", "diffusers", "comfyui"),
     "dtype": ("", "f64", "f32", "f16", "bf16"),
 }
 

@@ -17,7 +17,7 @@ from lora_squeeze.formats import as_written, open_adapter, save_adapter
 from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import By, Policy, fixed, params, parse_policy
 from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, Spectrum, SqueezedLayer
-from lora_squeeze.serving import RUNTIMES, fit, limits_for, needs_one_alpha, refuse_unloadable
+from lora_squeeze.serving import caveats, fit, limits_for, needs_one_alpha, refuse_unloadable, rules_of
 
 __all__ = ["analyze_adapter", "choose_ranks", "compress_adapter", "outcome", "squeeze"]
 
@@ -91,7 +91,7 @@ def choose_ranks(
     by: By = "mean",
     limits: Limits = NO_LIMITS,
     dtype: str | None = None,
-    runtime: str = "peft",
+    runtime: str = "",
     max_lora_rank: int | None = None,
 ) -> Ranks:
     """Apply a policy, spelled NAME=VALUE, to a decomposed adapter.
@@ -101,7 +101,7 @@ def choose_ranks(
     dtype, runtime
         of the file that will be written: `size` needs to know.
     runtime, max_lora_rank
-        tighten the limits to what that runtime loads.
+        tighten the limits to what that runtime loads; "" is whatever reads the adapter's format.
 
     Raises RankError for a policy that is unknown, impossible or contradicts the limits.
     """
@@ -111,7 +111,7 @@ def choose_ranks(
     options: dict[str, Any] = {"by": by} if chosen.name == "variance" else {}
     if chosen.name == "size":
         options["cost"] = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
-    if RUNTIMES[runtime].mixed_ranks:
+    if rules_of(runtime).mixed_ranks:
         return chosen.choose(spectra, limits=limits, **options)
     return _equal_ranks(chosen, spectra, limits, options)
 
@@ -128,7 +128,7 @@ def _equal_ranks(chosen: Policy, spectra: Sequence[Spectrum], limits: Limits, op
     return Ranks(policy=chosen.spelling, by_layer=own)
 
 
-def outcome(decomposition: Decomposition, ranks: Ranks, *, dtype: str | None = None, runtime: str = "peft") -> Outcome:
+def outcome(decomposition: Decomposition, ranks: Ranks, *, dtype: str | None = None, runtime: str = "") -> Outcome:
     """What a plan would keep and cost; nothing is computed for it but numbers."""
     cost = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
     written = fit(compress(decomposition, ranks, dtype=dtype), runtime)
@@ -143,7 +143,7 @@ def squeeze(
     dtype: str | None = None,
     device: str = "cpu",
     method: str = "gram",
-    runtime: str = "peft",
+    runtime: str = "",
     max_lora_rank: int | None = None,
     overwrite: bool = False,
     on_layer: Callable[[str], None] | None = None,
@@ -188,5 +188,5 @@ def squeeze(
         bytes_after=written.nbytes,
         parameters_before=adapter.parameters,
         parameters_after=squeezed.parameters,
-        notes=adapter.notes,
+        notes=(*adapter.notes, *caveats(squeezed)),
     )

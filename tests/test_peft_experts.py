@@ -230,6 +230,20 @@ def test_modules_of_experts_stay_what_they_are_and_peft_fuses_them(modules_of_ex
             assert relative(dense, torch.cat(expected)) < 1e-6
 
 
+@pytest.mark.parametrize("smaller", [r"experts.0.", "layers.1.", "w2"])
+def test_modules_of_experts_of_several_ranks_come_with_a_note_as_peft_cannot_fuse_them(
+    modules_of_experts, tmp_path, smaller
+):
+    adapter = open_adapter(modules_of_experts)
+    plan = Ranks("mine", {name: 2 if smaller in name else 3 for name in adapter.layers})
+    (note,) = squeeze(adapter, plan, tmp_path / "out").notes
+    assert "transformers 5 fuses the experts" in note
+    assert smaller in note
+    with pytest.raises(RuntimeError, match="size"):
+        load(MIXTRAL, tmp_path / "out")
+    assert squeeze(adapter, fixed(adapter.layers.values(), 3), tmp_path / "even").notes == ()
+
+
 def test_fused_by_transformers_5_and_saved_again(modules_of_experts, tmp_path):
     load_model = load(MIXTRAL, modules_of_experts).float()
     load_model.save_pretrained(str(tmp_path / "fused"))

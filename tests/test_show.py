@@ -88,6 +88,14 @@ def test_commands_work_on_single_files(tmp_path):
         assert result.exit_code == 0, (arguments, result.output)
     assert {path.name for path in (tmp_path / "many").iterdir()} == {"energy=0.9.safetensors", "size=6kB.safetensors"}
     assert (tmp_path / "many" / "size=6kB.safetensors").stat().st_size <= 6000
-    refused = run.invoke(main, ["compress", source, str(tmp_path / "c.safetensors"), "--rank", "2", "--for", "vllm"])
-    assert refused.exit_code == 1
-    assert "kohya adapter" in refused.output
+
+
+@pytest.mark.parametrize("runtime", ["peft", "vllm"])
+def test_a_runtime_that_does_not_read_the_format_is_refused_as_check_says(tmp_path, runtime):
+    source, out, run = str(kohya(tmp_path)), tmp_path / "c.safetensors", CliRunner()
+    for arguments in (["compress", source, str(out), "--rank", "2"], ["check", source]):
+        refused = run.invoke(main, [*arguments, "--for", runtime])
+        assert refused.exit_code == 1
+        assert f"{runtime} would not load it" in refused.output
+        assert "kohya adapter" in refused.output
+    assert not out.exists()

@@ -16,7 +16,7 @@ __all__ = ["check_command"]
 def check_command(context: click.Context, path: str, runtime: str, max_lora_rank: int | None) -> None:
     """Say whether a runtime would load the adapter at PATH, and if not, why. Exit code 0 or 1."""
     from lora_squeeze import open_adapter
-    from lora_squeeze.serving import RUNTIMES, check, rank_cap
+    from lora_squeeze.serving import RUNTIMES, caveats, check, rank_cap
 
     adapter = open_adapter(path)
     problems = check(adapter, runtime, max_lora_rank=max_lora_rank)
@@ -24,6 +24,8 @@ def check_command(context: click.Context, path: str, runtime: str, max_lora_rank
     under = f" with max_lora_rank {cap}" if cap is not None else ""
     if not problems:
         click.echo(f"{path}: {runtime} loads it{under} (largest rank {adapter.rank})")
+        for caveat in caveats(adapter) if runtime == "peft" else ():
+            click.echo(f"Note: {caveat}")
         return
     click.echo(f"{path}: {runtime} would not load it as it is meant{under}:")
     for problem in problems:

@@ -64,7 +64,7 @@ def compress_command(
     from lora_squeeze.formats import check_output_of
     from lora_squeeze.report.table import compression_table
 
-    if max_lora_rank is not None and runtime == "peft":
+    if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     policies = _policies(rank, retain, ranks_file, rank_options)
     adapter = open_adapter(path)
@@ -75,7 +75,7 @@ def compress_command(
     source: Adapter | Decomposition = adapter
     if ranks_file is not None:
         plans = [_read_plan(ranks_file)]
-    elif rank is not None and rank_options.limits == Limits() and runtime == "peft":
+    elif rank is not None and rank_options.limits == Limits() and runtime in ("", "peft"):
         plans = [_fixed(adapter, rank)]  # known beforehand: one pass over the file is enough
     else:
         source, plans = _choose(

@@ -53,6 +53,10 @@ def _parse_rank_for(
     return tuple(pairs)
 
 
+def _parse_runtime(_context: click.Context, _option: click.Parameter, runtime: str | None) -> str:
+    return runtime or ""
+
+
 def _parse_dtype(_context: click.Context, _option: click.Parameter, dtype: str | None) -> str | None:
     return dtype.upper() if dtype else None
 
@@ -85,16 +89,19 @@ def dtype_option(command: Command) -> Command:
 def runtime_options(*, required: bool = False) -> Callable[[Command], Command]:
     """--for and --max-lora-rank."""
 
-    choice, what = click.Choice(CHOICES["runtime"]), "The runtime that has to load it."
-    for_required = click.option("--for", "runtime", type=choice, required=True, help=what)
-    for_peft = click.option("--for", "runtime", type=choice, default="peft", help=what)
+    choice = click.Choice([one for one in CHOICES["runtime"] if one])
+    what = "The runtime that has to load it."
+    for_one = click.option("--for", "runtime", type=choice, required=True, help=what)
+    for_any = click.option(
+        "--for", "runtime", type=choice, callback=_parse_runtime, help=f"{what}  [default: all that read its format]"
+    )
 
     def add(command: Command) -> Command:
         for option in (
             click.option(
                 "--max-lora-rank", type=click.IntRange(min=1), help="What the server allows.  [default: its default]"
             ),
-            for_required if required else for_peft,
+            for_one if required else for_any,
         ):
             command = option(command)
         return command

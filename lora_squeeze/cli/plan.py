@@ -47,7 +47,7 @@ def plan_command(
     from lora_squeeze.report.table import plan_table
     from lora_squeeze.verbs import choose_ranks, outcome
 
-    if max_lora_rank is not None and runtime == "peft":
+    if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     if len(rank_options.policies) > 1:
         raise click.UsageError("a plan has one --policy; lora-squeeze compare shows several")

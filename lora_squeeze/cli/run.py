@@ -87,7 +87,7 @@ def _explain(file: Path, settings: Settings) -> None:
         "min_variance_retention": f"{chosen.min_variance_retention} ({chosen.by} over layers)",
         "output_path": chosen.output_path or "none: analyze only",
         "compress_to": target if chosen.output_path else "nothing is written",
-        "runtime": chosen.runtime,
+        "runtime": chosen.runtime or "all that read its format",
         "device": chosen.device,
     }.items():
         click.echo(f"{label:<24}{value}")
