@@ -275,9 +275,9 @@ def caveats(adapter: Adapter) -> tuple[str, ...]:
     if adapter.format != "peft" or odd is None:
         return ()
     return (
-        f"transformers 5 fuses the experts of many models when PEFT loads modules such as '{odd.name}', which works only "
-        f"if all have rank r: this one has {odd.rank}, r is {adapter.rank}; where that matters, give all layers one rank "
-        "(--rank, or --equal '.+')",
+        f"transformers 5 fuses the experts of many models when PEFT loads modules such as '{odd.name}', which works "
+        f"only if all have rank r: this one has {odd.rank}, r is {adapter.rank}; where that matters, give all layers "
+        "one rank (--rank, or --equal '.+')",
     )
 
 

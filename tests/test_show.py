@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from adapters import CONVOLUTIONS, edit_config, make_adapter
 from click.testing import CliRunner
