@@ -6,6 +6,9 @@ LoraSqueezeError
 ├── RankError               ranks, thresholds or budgets that make no sense for this adapter
 ├── SettingsError           a TOML file or an option that is unknown, mistyped or contradictory
 ├── OutputError             the result cannot be written where it was asked for
+├── DataError               training or evaluation data cannot be read or do not fit
+├── ModelError              a base model or its tokenizer cannot be loaded, or does not fit the adapter
+├── TrainingError           a training run cannot be started, continued or finished
 └── MissingExtra            an optional dependency is not installed
 
 Every message says what is wrong, in which file, layer or key, why, and what to do.
@@ -13,11 +16,14 @@ Every message says what is wrong, in which file, layer or key, why, and what to 
 
 __all__ = [
     "AdapterError",
+    "DataError",
     "LoraSqueezeError",
     "MissingExtra",
+    "ModelError",
     "OutputError",
     "RankError",
     "SettingsError",
+    "TrainingError",
     "UnsupportedAdapter",
 ]
 
@@ -44,6 +50,18 @@ class SettingsError(LoraSqueezeError):
 
 class OutputError(LoraSqueezeError):
     """The result cannot be written where it was asked for."""
+
+
+class DataError(LoraSqueezeError):
+    """Training or evaluation data cannot be read, or do not fit what they are wanted for."""
+
+
+class ModelError(LoraSqueezeError):
+    """A base model or its tokenizer cannot be loaded, or does not fit the adapter."""
+
+
+class TrainingError(LoraSqueezeError):
+    """A training run cannot be started, continued or finished."""
 
 
 class MissingExtra(LoraSqueezeError):

@@ -35,6 +35,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 ORDER = [
     "errors",
     "version",
+    "extras",
     "parallel",
     "scratch",
     "records",
@@ -63,6 +64,12 @@ ORDER = [
     "decomposition",
     "compression",
     "verbs",
+    "data.examples",
+    "data.builtin",
+    "data.sources",
+    "data",
+    "models",
+    "encoding",
     "settings",
     "report",
     "report.table",
@@ -80,7 +87,7 @@ ORDER = [
     "cli",
 ]
 WITHOUT_TORCH = re.compile(
-    r"errors|version|records|adapter|limits|budget|policies|analysis|comparison|settings|summary|report.*|cli.*|"
+    r"errors|version|extras|data.*|models|encoding|records|adapter|limits|budget|policies|analysis|comparison|settings|summary|report.*|cli.*|"
 )
 
 

@@ -1,0 +1,202 @@
+"""Examples → token ids, with the loss on what is to be learnt and nothing else.
+
+A prompt is followed by its completion: where the tokens of the whole text begin with those of the
+prompt, they are used; where the boundary falls inside a token, prompt and completion are encoded
+apart, which is what the model will see when it completes the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_squeeze.data import (
+    KINDS,
+    Answered,
+    Chat,
+    Choice,
+    Completion,
+    Example,
+    Labelled,
+    Message,
+    Prompt,
+    Text,
+)
+from lora_squeeze.errors import DataError, ModelError
+from lora_squeeze.extras import require
+
+__all__ = ["IGNORED", "Encoded", "collate", "encode", "encode_class", "pieces_of", "prompt_text"]
+
+IGNORED = -100  # the label of a token that does not count in the loss
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and, of the same length, labels: the id again where the token is to be learnt, else IGNORED."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens count."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+def encode(example: Example, tokenizer: Any, *, max_length: int = 0, completion_only: bool = True) -> Encoded:
+    """Encode an example for a causal language model.
+
+    max_length
+        in tokens; what is longer loses its end. 0: no limit.
+    completion_only
+        whether prompts are left out of the loss.
+
+    Raises DataError for an example that is not a text to learn (a class, a preference).
+    """
+    pieces = pieces_of(example, tokenizer)
+    ids, counts = _encode_pieces(pieces, tokenizer)
+    end = tokenizer.eos_token_id
+    if _conversation(example) is None and end is not None and ids[-1:] != [end]:  # a template sets its own end
+        ids, counts = [*ids, end], [*counts, True]
+    if max_length:
+        ids, counts = ids[:max_length], counts[:max_length]
+    everything = not completion_only
+    labels = [one if counted or everything else IGNORED for one, counted in zip(ids, counts, strict=True)]
+    return Encoded(tuple(ids), tuple(labels))
+
+
+def encode_class(example: Labelled, tokenizer: Any, labels: Sequence[str], *, max_length: int = 0) -> dict[str, Any]:
+    """Encode an example for a sequence classification: what the tokenizer gives, and the label's number.
+
+    Raises DataError for a label that is not among `labels`.
+    """
+    if example.label not in labels:
+        raise DataError(f"label '{example.label}' is not one of {', '.join(labels)} (text: {example.text[:40]!r})")
+    encoded = tokenizer(example.text, truncation=bool(max_length), max_length=max_length or None)
+    return {**encoded, "labels": labels.index(example.label)}
+
+
+def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
+    """A prompt as the model reads it: a text as it is, messages through the chat template."""
+    return prompt if isinstance(prompt, str) else _render(prompt, tokenizer, reply=True)
+
+
+def pieces_of(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The text of an example in pieces, and for each piece whether it is to be learnt."""
+    if messages := _conversation(example):
+        return _chat_pieces(messages, tokenizer)
+    match example:
+        case Text(text):
+            return [(text, True)]
+        case Completion(prompt, completion) | Answered(prompt, completion):
+            return [(prompt_text(prompt, tokenizer), False), (completion, True)]
+        case Choice(question, choices, answer):
+            return [(f"{question}\nAnswer:", False), (f" {choices[answer]}", True)]
+        case _:
+            kind = KINDS[type(example)]
+            raise DataError(
+                f"data of the kind '{kind}' hold no text to learn to write; give texts, completions or chats"
+            )
+
+
+def collate(encoded: Iterable[Encoded], *, pad_token_id: int) -> dict[str, Any]:
+    """A batch, padded on the right: input_ids, attention_mask and labels, each (examples, longest)."""
+    torch = require("torch", "train")
+    rows = list(encoded)
+    longest = max(len(row.input_ids) for row in rows)
+
+    def padded(values: Iterable[Sequence[int]], filler: int) -> Any:
+        return torch.tensor([[*one, *[filler] * (longest - len(one))] for one in values])
+
+    return {
+        "input_ids": padded((row.input_ids for row in rows), pad_token_id),
+        "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
+        "labels": padded((row.labels for row in rows), IGNORED),
+    }
+
+
+def _conversation(example: Example) -> tuple[Message, ...] | None:
+    match example:
+        case Chat(messages):
+            return messages
+        case Completion(prompt, reply) | Answered(prompt, reply) if not isinstance(prompt, str):
+            return (*prompt, Message("assistant", reply))
+        case _:
+            return None
+
+
+def _encode_pieces(pieces: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Ids of the whole text and whether each counts; special tokens at its start belong to the first piece."""
+    templated = _begins_with_special(pieces[0][0], tokenizer)
+    whole = _ids("".join(text for text, _ in pieces), tokenizer, special=not templated)
+    ids: list[int] = []
+    counts: list[bool] = []
+    so_far = ""
+    for number, (text, learnt) in enumerate(pieces, start=1):
+        so_far += text
+        upto = whole if number == len(pieces) else _ids(so_far, tokenizer, special=not templated)
+        if whole[: len(upto)] != upto or upto[: len(ids)] != ids:
+            whole = [*ids, *_ids(text, tokenizer, special=not ids and not templated)]
+            upto = whole
+            rest = "".join(later for later, _ in pieces[number:])
+            whole = [*upto, *_ids(rest, tokenizer, special=False)] if rest else upto
+        counts += [learnt] * (len(upto) - len(ids))
+        ids = upto
+    return ids, counts
+
+
+def _ids(text: str, tokenizer: Any, *, special: bool) -> list[int]:
+    """Token ids without a token for the end of the text, which only `encode` sets."""
+    ids: list[int] = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    if (
+        special
+        and len(ids) > 1
+        and ids[-1] in ends
+        and not text.endswith(str(tokenizer.convert_ids_to_tokens(ids[-1])))
+    ):
+        return ids[:-1]
+    return ids
+
+
+def _begins_with_special(text: str, tokenizer: Any) -> bool:
+    """Whether the text brings its own first token, as chat templates do: it must not be added twice."""
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def _render(messages: Sequence[Message], tokenizer: Any, *, reply: bool) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply)
+    except Exception as error:  # what a template raises is up to its author
+        raise ModelError(f"the model's chat template does not take this conversation: {error}") from error
+
+
+def _chat_pieces(messages: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
+    """Alternately what is read and what the assistant says; what follows its last word is left out.
+
+    A template may show earlier turns differently once others have followed; then only the last
+    turn of the assistant is learnt, after the conversation as the model will see it.
+    """
+    said = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    pieces = _turns(messages, said, tokenizer) or _turns(messages, said[-1:], tokenizer)
+    if pieces is None:
+        raise ModelError(
+            "the model's chat template does not begin a reply as it asks for one; give completions instead"
+        )
+    return pieces
+
+
+def _turns(messages: Sequence[Message], said: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]] | None:
+    whole = _render(messages[: said[-1] + 1], tokenizer, reply=False)
+    pieces: list[tuple[str, bool]] = []
+    so_far = ""
+    for place in said:
+        asked = _render(messages[:place], tokenizer, reply=True) if place else ""
+        answered = _render(messages[: place + 1], tokenizer, reply=False)
+        if not (asked.startswith(so_far) and answered.startswith(asked) and whole.startswith(answered)):
+            return None
+        pieces += [(asked[len(so_far) :], False), (answered[len(asked) :], True)]
+        so_far = answered
+    return pieces

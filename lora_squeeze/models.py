@@ -1,0 +1,242 @@
+"""Base models and adapters as PEFT and transformers hold them: load, attach, name what is missing.
+
+    tokenizer = load_tokenizer("models/base")
+    model = attach_lora(load_model("models/base"), rank=64)
+    model = attach_adapter(load_model("models/base"), "my-adapter")
+
+A base model is a folder, the name of a model on the Hub, or a .gguf file, whose weights are then
+dequantised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lora_squeeze.errors import AdapterError, ModelError
+from lora_squeeze.extras import require
+
+__all__ = [
+    "DTYPES",
+    "LABELS",
+    "PLAIN_TEMPLATE",
+    "TASKS",
+    "Task",
+    "attach_adapter",
+    "attach_lora",
+    "base_of",
+    "device_of",
+    "labels_of_adapter",
+    "load_model",
+    "load_tokenizer",
+    "task_of",
+    "write_labels",
+]
+
+Task = Literal["causal-lm", "sequence-classification"]
+TASKS: tuple[str, ...] = get_args(Task)
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+LABELS = "labels.json"  # beside an adapter that classifies: what its classes are called
+
+# For base models without a template of their own; it is saved with the tokenizer.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ message.role.capitalize() }}: {{ message.content | trim }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n' }}Assistant:{% endif %}"
+)
+
+_CONFIG = "adapter_config.json"
+_CLASSES = {"causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification"}
+_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+
+
+def device_of(name: str = "auto") -> str:
+    """A torch device; auto is the first GPU there is, else the processor. Raises ModelError."""
+    torch = require("torch", "train")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def load_tokenizer(source: str, *, revision: str = "") -> Any:
+    """The tokenizer of a base model, with a token to pad with and a chat template.
+
+    Where it has no padding token, that of the end of a text serves; where it has no template,
+    PLAIN_TEMPLATE. Raises ModelError.
+    """
+    transformers = require("transformers", "train")
+    where, options = _where(source, revision)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:  # OSError, ValueError, KeyError, network errors: whatever was in the files
+        raise ModelError(f"{source}: its tokenizer cannot be loaded: {_reason(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{source}: its tokenizer has no token for padding, and none for the end of a text either")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_model(
+    source: str,
+    *,
+    task: Task = "causal-lm",
+    labels: Sequence[str] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str = "",
+) -> Any:
+    """A base model, in eval mode, on a device.
+
+    labels
+        of a sequence classification; a head that the model does not have is made anew, at random.
+    dtype
+        f32, f16 or bf16; auto: f32 on a processor, otherwise that of the file.
+
+    Raises ModelError for what cannot be found or read.
+    """
+    transformers, torch = require("transformers", "train"), require("torch", "train")
+    where, options = _where(source, revision)
+    place = device_of(device)
+    if task == "sequence-classification":
+        if not labels:
+            raise ModelError(f"{source}: a sequence classification needs its labels")
+        numbered = dict(enumerate(labels))
+        options |= {"num_labels": len(labels), "id2label": numbered, "label2id": {v: k for k, v in numbered.items()}}
+        options["ignore_mismatched_sizes"] = True  # a head of other classes is of no use
+    if dtype == "auto" and place == "cpu":
+        dtype = "f32"  # faster than bf16 on most processors
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype '{dtype}' is unknown; known are auto, {', '.join(DTYPES)}")
+    wanted: Any = "auto" if dtype == "auto" else getattr(torch, DTYPES[dtype])
+    try:
+        model = getattr(transformers, _CLASSES[task]).from_pretrained(where, dtype=wanted, **options)
+    except Exception as error:  # OSError, ValueError, KeyError, network errors: whatever was in the files
+        raise ModelError(f"{source}: cannot be loaded as {task}: {_reason(error)}") from error
+    if "gguf_file" in options:
+        _forget_quantisation(model)
+    return model.to(place).eval()
+
+
+def attach_lora(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float = 0,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+    rslora: bool = False,
+    dora: bool = False,
+) -> Any:
+    """Give a base model a fresh LoRA to train, and return the PeftModel.
+
+    alpha
+        0: twice the rank.
+    target_modules
+        names, or ends of names, of modules; none: every linear layer but the head.
+
+    Raises ModelError if nothing in the model has these names.
+    """
+    peft = require("peft", "train")
+    config = peft.LoraConfig(
+        task_type=_PEFT_TASKS[task_of(model)],
+        r=rank,
+        lora_alpha=alpha or 2 * rank,
+        lora_dropout=dropout,
+        target_modules=list(target_modules) or "all-linear",
+        modules_to_save=list(modules_to_save) or None,
+        use_rslora=rslora,
+        use_dora=dora,
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"no LoRA can be attached to {type(model).__name__}: {_reason(error)}") from error
+
+
+def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str = "default") -> Any:
+    """Load a saved adapter onto its base model, and return the PeftModel. Raises AdapterError."""
+    peft = require("peft", "train")
+    if Path(path).exists() and not (Path(path) / _CONFIG).exists():
+        raise AdapterError(f"{path}: holds no {_CONFIG}; only PEFT adapters can be loaded onto a model")
+    try:
+        return peft.PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
+    except Exception as error:  # a missing file, other shapes, an unknown type: whatever was in the folder
+        raise AdapterError(f"{path}: cannot be loaded onto {type(model).__name__}: {_reason(error)}") from error
+
+
+def task_of(model: Any) -> Task:
+    """What a model, with or without an adapter, is for."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return "sequence-classification" if "SequenceClassification" in type(model).__name__ else "causal-lm"
+
+
+def base_of(path: str) -> tuple[str, Task]:
+    """The base model that an adapter names, and what it is for. Raises AdapterError if it names none."""
+    file = Path(path) / _CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file}: cannot be read: {error}") from error
+    if not config.get("base_model_name_or_path"):
+        raise AdapterError(f"{file}: names no base model; say which with --base")
+    return config["base_model_name_or_path"], (
+        "sequence-classification" if config.get("task_type") == "SEQ_CLS" else "causal-lm"
+    )
+
+
+def write_labels(folder: Path, labels: Sequence[str]) -> None:
+    """Save what the classes are called beside an adapter."""
+    (folder / LABELS).write_text(json.dumps({"labels": list(labels)}, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def labels_of_adapter(path: str) -> tuple[str, ...]:
+    """What the classes of an adapter are called; none if `write_labels` left nothing. Raises AdapterError."""
+    file = Path(path) / LABELS
+    try:
+        return tuple(str(label) for label in json.loads(file.read_text(encoding="utf-8"))["labels"])
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{file}: cannot be read: {error}") from error
+
+
+def _where(source: str, revision: str) -> tuple[str, dict[str, Any]]:
+    """Where from_pretrained shall look, and the options that say so."""
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    path = Path(source)
+    if path.suffix == ".gguf":
+        require("gguf", "train")
+        if not path.is_file():
+            raise ModelError(f"{source}: no such file")
+        return str(path.parent), {**options, "gguf_file": path.name}
+    if path.is_absolute() or source.startswith((".", "~")):
+        path = path.expanduser()
+        if not path.is_dir():
+            raise ModelError(f"{source}: no such folder")
+        return str(path), options
+    return source, options
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Its parameters are ordinary tensors, but it calls itself quantised and would refuse to be trained."""
+    vars(model.config).pop("quantization_config", None)
+    for name in ("is_quantized", "hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
