@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from lora_squeeze.errors import LoraSqueezeError
     from lora_squeeze.formats import open_adapter, save_adapter
     from lora_squeeze.policies import fixed, variance
-    from lora_squeeze.records import Analysis, Compression, Ranks, Spectrum
+    from lora_squeeze.records import Analysis, Check, Compression, Ranks, Spectrum, Verification
     from lora_squeeze.verbs import analyze_adapter, compress_adapter, squeeze
+    from lora_squeeze.verification import verify
 
 __all__ = [
     "Adapter",
     "Analysis",
+    "Check",
     "Compression",
     "Decomposition",
     "LayerSpec",
@@ -42,6 +44,7 @@ __all__ = [
     "LoraSqueezeError",
     "Ranks",
     "Spectrum",
+    "Verification",
     "__version__",
     "analyze",
     "analyze_adapter",
@@ -53,6 +56,7 @@ __all__ = [
     "save_adapter",
     "squeeze",
     "variance",
+    "verify",
 ]
 
 _HOMES = {
@@ -63,8 +67,9 @@ _HOMES = {
     "errors": ("LoraSqueezeError",),
     "formats": ("open_adapter", "save_adapter"),
     "policies": ("fixed", "variance"),
-    "records": ("Analysis", "Compression", "Ranks", "Spectrum"),
+    "records": ("Analysis", "Check", "Compression", "Ranks", "Spectrum", "Verification"),
     "verbs": ("analyze_adapter", "compress_adapter", "squeeze"),
+    "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

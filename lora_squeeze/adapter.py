@@ -107,7 +107,8 @@ class Adapter:
     files
         other files of the adapter's folder (tokenizer, chat template, …): relative path → file.
     late_metadata
-        what is only known once all layers have been computed; replaces entries of `metadata`.
+        what is only known once all tensors have been written; it is called with their fingerprint
+        (see `formats.tensors`) and replaces entries of `metadata`.
     weights, sha256
         the file that holds the source's tensors, if there is one, and (asked for) its SHA-256.
     left_out
@@ -127,7 +128,7 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     files: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    late_metadata: Callable[[], Mapping[str, str]] | None = field(default=None, repr=False)
+    late_metadata: Callable[[str], Mapping[str, str]] | None = field(default=None, repr=False)
     weights: Path | None = None
     sha256: Callable[[], str] = field(default=str, repr=False)
     left_out: tuple[str, ...] = ()

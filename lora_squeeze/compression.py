@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from lora_squeeze.errors import RankError, SettingsError
 from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES
 from lora_squeeze.policies import Cost
-from lora_squeeze.records import Ranks, SqueezedLayer
+from lora_squeeze.provenance import ENTRY, stated
+from lora_squeeze.records import Ranks, SqueezedLayer, error_over_all
 from lora_squeeze.serving import fit, needs_one_alpha
 from lora_squeeze.spectrum import Basis, Truncation, basis, check_device, truncate
-from lora_squeeze.version import __version__
 
 __all__ = ["compress", "file_cost"]
 
@@ -79,6 +78,7 @@ def compress(
     hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
     sha256 = cache(lambda: hasher.submit(adapter.sha256))
     decomposed = partial(basis, method=method, device=device)
+    errors: dict[str, SqueezedLayer] = {}
 
     def squeezed(name: str, *, borrow: bool = False) -> LoraLayer:
         sha256()
@@ -87,17 +87,33 @@ def compress(
         layer = adapter.borrow(name) if borrow or not unchanged else adapter.load(name)
         found = source.basis(name) if isinstance(source, Decomposition) else decomposed(layer)
         result = Truncation(layer, 0.0) if unchanged else _truncated(layer, found, after, borrow=borrow)
+        errors[name] = SqueezedLayer(spectrum_of(before, layer, found), after.rank, result.relative_error)
         if on_layer is not None:
-            on_layer(SqueezedLayer(spectrum_of(before, layer, found), after.rank, result.relative_error))
+            on_layer(errors[name])
         return result.layer
 
+    def late_metadata(fingerprint: str) -> dict[str, str]:
+        for name in adapter.layers.keys() - layers.keys():
+            layer = adapter.load(name)
+            found = source.basis(name) if isinstance(source, Decomposition) else decomposed(layer)
+            spectrum = spectrum_of(adapter.layers[name], layer, found)
+            errors[name] = SqueezedLayer(spectrum, 0, 1.0 if spectrum.energy > 0 else 0.0)
+        made = replace(
+            planned,
+            relative_error=error_over_all(errors[name] for name in adapter.layers),
+            source_sha256=sha256().result(),
+            tensors_sha256=fingerprint,
+        )
+        return {ENTRY: made.to_json()}
+
+    planned = stated(adapter, ranks.policy, ranks=ranks.by_layer, layers=layers, relative_error=0.0)
     return replace(
         adapter,
         layers=layers,
         load=squeezed,
         borrow=partial(squeezed, borrow=True),
-        metadata={**adapter.metadata, "lora_squeeze": _provenance(ranks, "0" * 64)},
-        late_metadata=lambda: {"lora_squeeze": _provenance(ranks, sha256().result() or "0" * 64)},
+        metadata={**adapter.metadata, ENTRY: planned.to_json()},
+        late_metadata=late_metadata,
         left_out=(*adapter.left_out, *(name for name in adapter.layers if name not in layers)),
     )
 
@@ -174,17 +190,3 @@ def _truncated(layer: LoraLayer, found: Basis, spec: LayerSpec, *, borrow: bool)
             f"layer '{spec.name}': its new factors overflow {spec.down_dtype}; choose a wider dtype, as --dtype bf16"
         )
     return squeezed
-
-
-def _provenance(ranks: Ranks, sha256: str) -> str:
-    chosen = set(ranks.by_layer.values())
-    return json.dumps(
-        {
-            "version": __version__,
-            "source_sha256": sha256,
-            "policy": ranks.policy,
-            "ranks": chosen.pop() if len(chosen) == 1 else ranks.by_layer,
-        },
-        sort_keys=True,
-        ensure_ascii=False,
-    )

@@ -8,6 +8,7 @@ Diffusion's first implementation, whose numbers depend on the UNet's configurati
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough, who
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 from lora_squeeze.formats.diffusers import CONFIG_KEY, component_of
 from lora_squeeze.formats.tensors import DTYPES
+from lora_squeeze.provenance import ENTRY, stated
 
 __all__ = ["convert"]
 
@@ -67,7 +69,20 @@ def convert(adapter: Adapter, to: str) -> Adapter:
     converted = {"diffusers": _with_scale_one, "kohya": _to_kohya, "peft": _to_peft}[to](via_diffusers)
     left_behind = ", ".join(adapter.files)
     notes = (f"a {to} adapter is one file, so these stay behind: {left_behind}",) if left_behind else ()
-    return replace(converted, format=to, files={}, notes=(*converted.notes, *notes))
+    ranks = {name: spec.rank for name, spec in converted.layers.items()}
+    made = stated(adapter, f"convert to {to}", ranks=ranks, layers=converted.layers, relative_error=math.nan)
+
+    def late_metadata(fingerprint: str) -> dict[str, str]:
+        return {ENTRY: replace(made, source_sha256=adapter.sha256(), tensors_sha256=fingerprint).to_json()}
+
+    return replace(
+        converted,
+        format=to,
+        files={},
+        metadata={**converted.metadata, ENTRY: made.to_json()},
+        late_metadata=late_metadata,
+        notes=(*converted.notes, *notes),
+    )
 
 
 def _to_diffusers(adapter: Adapter) -> Adapter:

@@ -19,12 +19,15 @@ from lora_squeeze.errors import RankError
 
 __all__ = [
     "Analysis",
+    "Check",
     "Compression",
     "LayerVariance",
     "Outcome",
     "Ranks",
     "Spectrum",
     "SqueezedLayer",
+    "Verification",
+    "error_over_all",
     "outcomes_to_json",
 ]
 
@@ -192,9 +195,7 @@ class Compression:
     @cached_property
     def relative_error(self) -> float:
         """‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all layers together."""
-        energy = sum(layer.spectrum.energy for layer in self.layers)
-        lost = sum(layer.spectrum.energy * layer.relative_error**2 for layer in self.layers)
-        return (lost / energy) ** 0.5 if energy > 0 else 0.0
+        return error_over_all(self.layers)
 
     @property
     def retained_variance(self) -> float:
@@ -214,6 +215,40 @@ class Compression:
     def to_json(self) -> str:
         """All fields, and the two that are derived from them."""
         return _to_json(self, relative_error=self.relative_error, retained_variance=self.retained_variance)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, whether it is as it should be, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a file is what it says it is.
+
+    loss
+        measured anew from both files, if the source was given: the error that this file's update has.
+    """
+
+    output: str
+    source: str
+    checks: tuple[Check, ...]
+    loss: Compression | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks have passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> str:
+        """All fields, and what is derived from them."""
+        loss = self.loss
+        figures = {"relative_error": loss.relative_error, "retained_variance": loss.retained_variance} if loss else {}
+        return _to_json(self, passed=self.passed, **figures)
 
 
 @dataclass(frozen=True)
@@ -237,6 +272,14 @@ class Outcome:
     largest_rank: int
     layers_left_out: int
     file_bytes: int
+
+
+def error_over_all(layers: Iterable[SqueezedLayer]) -> float:
+    """‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all layers together."""
+    layers = tuple(layers)
+    energy = sum(layer.spectrum.energy for layer in layers)
+    lost = sum(layer.spectrum.energy * layer.relative_error**2 for layer in layers)
+    return (lost / energy) ** 0.5 if energy > 0 else 0.0
 
 
 def outcomes_to_json(outcomes: Iterable[Outcome]) -> str:

@@ -50,6 +50,7 @@ from lora_squeeze import (
     variance,
 )
 from lora_squeeze.errors import AdapterError, RankError
+from lora_squeeze.formats.tensors import read_safetensors
 from lora_squeeze.spectrum import METHODS
 
 ADAPTERS = {
@@ -396,12 +397,16 @@ def provenance(folder) -> dict:
 
 def test_the_header_tells_where_the_adapter_comes_from(tmp_path):
     source = make_adapter(tmp_path / "adapter")
-    compress_adapter(source, tmp_path / "out", 3)
+    result = compress_adapter(source, tmp_path / "out", 3)
     assert provenance(tmp_path / "out") == {
+        "ancestors": [],
         "version": __version__,
         "source_sha256": hashlib.sha256((source / WEIGHTS).read_bytes()).hexdigest(),
+        "tensors_sha256": read_safetensors(tmp_path / "out" / WEIGHTS).fingerprint(),
         "policy": "fixed=3",
         "ranks": 3,
+        "scales": 2.0,
+        "relative_error": f"{result.relative_error:.6e}",
     }
 
 

@@ -122,7 +122,7 @@ def test_metadata_of_kohyas_own_tensors_does_not_come_along(tmp_path):
     source = save(tmp_path / "in.safetensors", kohya_pair(name, 8, 4, 6, alpha=2.0), metadata=metadata)
     file = converted(source, "diffusers", tmp_path / "out.safetensors")
     with safe_open(file, "pt") as opened:
-        assert opened.metadata() == {"format": "pt", "ss_tag_frequency": "{}"}
+        assert opened.metadata().keys() == {"format", "lora_squeeze", "ss_tag_frequency"}
 
 
 def test_the_same_format_is_the_same_adapter(folder):

@@ -40,6 +40,7 @@ ORDER = [
     "scratch",
     "records",
     "adapter",
+    "provenance",
     "limits",
     "budget",
     "policies",
@@ -64,6 +65,7 @@ ORDER = [
     "decomposition",
     "compression",
     "verbs",
+    "verification",
     "data.examples",
     "data.builtin",
     "data.sources",
@@ -83,11 +85,12 @@ ORDER = [
     "cli.check",
     "cli.convert",
     "cli.show",
+    "cli.verify",
     "cli.run",
     "cli",
 ]
 WITHOUT_TORCH = re.compile(
-    r"errors|version|extras|data.*|models|encoding|records|adapter|limits|budget|policies|analysis|comparison|settings|summary|report.*|cli.*|"
+    r"errors|version|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|summary|report.*|cli.*|"
 )
 
 

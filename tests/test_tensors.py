@@ -209,7 +209,7 @@ def test_late_metadata_is_asked_after_the_last_tensor(tmp_path):
         return [torch.ones(3)]
 
     block = Block((spec("key", torch.ones(3)),), make)
-    late = lambda: {"count": f"{len(made):04}"}  # noqa: E731
+    late = lambda _fingerprint: {"count": f"{len(made):04}"}  # noqa: E731
 
     write_safetensors(tmp_path / "file", [block], {"format": "pt", "count": "0000"}, late_metadata=late)
 

@@ -14,6 +14,7 @@ from lora_squeeze.cli.convert import convert_command
 from lora_squeeze.cli.plan import plan_command
 from lora_squeeze.cli.run import run_command
 from lora_squeeze.cli.show import show_command
+from lora_squeeze.cli.verify import verify_command
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.version import __version__
 
@@ -47,6 +48,7 @@ for command in (
     compare_command,
     check_command,
     convert_command,
+    verify_command,
     run_command,
 ):
     main.add_command(command)

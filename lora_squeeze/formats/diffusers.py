@@ -39,7 +39,6 @@ from lora_squeeze.formats.tensors import (
     SafetensorsFile,
     read_safetensors,
     safetensors_size,
-    sha256_of_file,
     write_safetensors,
 )
 
@@ -99,7 +98,7 @@ def open_diffusers(path: Path) -> Adapter:
         config=config,
         metadata=file.metadata,
         weights=path,
-        sha256=cache(lambda: sha256_of_file(path)),
+        sha256=cache(file.sha256),
         notes=(*_notes(other), *kept_note(kept)),
         single_file=True,
     )

@@ -34,7 +34,6 @@ from lora_squeeze.formats.tensors import (
     SafetensorsFile,
     read_safetensors,
     safetensors_size,
-    sha256_of_file,
     write_safetensors,
 )
 
@@ -87,7 +86,7 @@ def open_kohya(path: Path) -> Adapter:
         pass_through=kept,
         metadata=file.metadata,
         weights=path,
-        sha256=cache(lambda: sha256_of_file(path)),
+        sha256=cache(file.sha256),
         notes=(*_notes(layers, other, file.metadata), *kept_note(kept)),
         single_file=True,
     )
@@ -99,8 +98,8 @@ def write_kohya(adapter: Adapter, path: Path) -> Path:
     data_bytes = sum(spec.nbytes for block in blocks for spec in block.specs)
     data_start = kohya_size(adapter) - data_bytes
 
-    def late() -> Mapping[str, str]:
-        found = dict(adapter.late_metadata()) if adapter.late_metadata else {}
+    def late(fingerprint: str) -> Mapping[str, str]:
+        found = dict(adapter.late_metadata(fingerprint)) if adapter.late_metadata else {}
         hashes = [key for key in _HASHES if key in metadata]
         if hashes:
             digest = _sha256_from(path, data_start)

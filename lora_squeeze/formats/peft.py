@@ -22,7 +22,6 @@ from lora_squeeze.formats.tensors import (
     TensorSpec,
     read_safetensors,
     safetensors_size,
-    sha256_of_file,
     write_safetensors,
 )
 
@@ -73,7 +72,7 @@ def open_peft(path: Path) -> Adapter:
         metadata=tensors.metadata,
         files=files,
         weights=tensors.path,
-        sha256=cache(lambda: sha256_of_file(tensors.path)),
+        sha256=cache(tensors.sha256),
         left_out=left_out,
         notes=tuple(_notes(config, tensors.path, keys, left_behind)),
     )

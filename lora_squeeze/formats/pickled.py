@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_squeeze.errors import AdapterError
-from lora_squeeze.formats.tensors import DTYPES, TensorSpec, memory_of
+from lora_squeeze.formats.tensors import DTYPES, TensorSpec, memory_of, sha256_of_file
 
 __all__ = ["PickledFile"]
 
@@ -60,3 +60,6 @@ class PickledFile:
     def chunks(self, key: str) -> Iterator[bytes]:
         tensor = self._state[key].contiguous()
         yield bytes(memory_of(tensor))
+
+    def sha256(self) -> str:
+        return sha256_of_file(self.path)

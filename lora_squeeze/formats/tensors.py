@@ -35,6 +35,7 @@ __all__ = [
     "SafetensorsFile",
     "TensorSpec",
     "dtype_name",
+    "fingerprint",
     "memory_of",
     "read_safetensors",
     "safetensors_size",
@@ -113,11 +114,19 @@ class SafetensorsFile:
             self._read_into(key, memoryview(piece), start=start)
             yield bytes(piece)
 
+    def sha256(self) -> str:
+        """SHA-256 of the whole file. Raises AdapterError if it is not the one whose header was read."""
+        return sha256_of_file(self.path, identity=self.identity)
+
+    def fingerprint(self) -> str:
+        """The `fingerprint` of the tensors. Raises AdapterError if the file has changed."""
+        digests = ordered_map(lambda key: (key, _sha256(self.chunks(key))), self.tensors)
+        return fingerprint(self.tensors, dict(digests))
+
     def _read_into(self, key: str, target: memoryview, *, start: int = 0) -> None:
         try:
             with self.path.open("rb", buffering=0) as file:
-                if _identity(file.fileno()) != self.identity:
-                    raise AdapterError(f"{self.path}: the file was changed while it was being read; run again")
+                _check_identity(file.fileno(), self.identity, self.path)
                 file.seek(self.offsets[key] + start)
                 while len(target):
                     count = file.readinto(target)
@@ -165,14 +174,14 @@ def write_safetensors(
     blocks: Sequence[Block],
     metadata: Mapping[str, str],
     *,
-    late_metadata: Callable[[], Mapping[str, str]] | None = None,
+    late_metadata: Callable[[str], Mapping[str, str]] | None = None,
 ) -> None:
     """Write a new file block by block, fsync it, and check that the disk holds what was written.
 
     The header is known before the first tensor is made, so no more than a few blocks are in memory.
     late_metadata
-        asked when all tensors are written; its values replace those in `metadata`, which must have
-        the same length.
+        called with the tensors' `fingerprint` when all are written; its values replace those in
+        `metadata`, which must have the same length.
 
     Raises OutputError if the path cannot be written, the disk is full or what is read back differs.
     """
@@ -185,10 +194,14 @@ def write_safetensors(
         with path.open("xb", buffering=0) as file:
             write = _positional_writer(file)
             checksums: dict[str, int] = {}
-            for one in ordered_map(lambda block: _write_block(block, places, write), blocks):
-                checksums.update(one)
+            digests: dict[str, bytes] = {}
+            hashed = late_metadata is not None
+            for ones, others in ordered_map(lambda block: _write_block(block, places, write, hashed=hashed), blocks):
+                checksums.update(ones)
+                digests.update(others)
             if late_metadata is not None:
-                final = _header(specs, {**metadata, **late_metadata()})
+                found = fingerprint({spec.key: spec for spec in specs}, digests)
+                final = _header(specs, {**metadata, **late_metadata(found)})
                 assert len(final) == len(header), "late metadata must be as long as what it replaces"
                 header = final
             write(memoryview(header), 0)
@@ -204,17 +217,46 @@ def safetensors_size(blocks: Iterable[Block], metadata: Mapping[str, str]) -> in
     return len(_header(specs, metadata)) + sum(spec.nbytes for spec in specs)
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's content, as `sha256sum` prints it. Raises AdapterError if unreadable."""
+def sha256_of_file(path: Path, *, identity: tuple[int, int, int] | None = None) -> str:
+    """SHA-256 of a file's content, as `sha256sum` prints it.
+
+    identity
+        of the file that is meant (see `SafetensorsFile`).
+
+    Raises AdapterError if it is unreadable or another one.
+    """
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_CHUNK))
     try:
         with path.open("rb", buffering=0) as file:
+            before = identity or _identity(file.fileno())
             while count := file.readinto(chunk):
                 digest.update(chunk[:count])
+            _check_identity(file.fileno(), before, path)
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def fingerprint(specs: Mapping[str, TensorSpec], digests: Mapping[str, bytes]) -> str:
+    """One SHA-256 for a set of tensors, wherever they lie in a file and whatever its metadata is.
+
+    It is taken of a line for each tensor, by key: the JSON of its key, dtype, shape and the SHA-256
+    of its bytes.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(specs):
+        spec = specs[key]
+        line = [key, spec.dtype, list(spec.shape), digests[key].hex()]
+        digest.update(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _sha256(chunks: Iterable[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.digest()
 
 
 def _positional_writer(file: IO[bytes]) -> Callable[[memoryview, int], None]:
@@ -229,19 +271,24 @@ def _positional_writer(file: IO[bytes]) -> Callable[[memoryview, int], None]:
     return write
 
 
-def _write_block(block: Block, places: Mapping[str, int], write: Callable[[memoryview, int], None]) -> dict[str, int]:
-    """Make a block's tensors, write each at its place and return its CRC-32."""
+def _write_block(
+    block: Block, places: Mapping[str, int], write: Callable[[memoryview, int], None], *, hashed: bool
+) -> tuple[dict[str, int], dict[str, bytes]]:
+    """Make a block's tensors, write each at its place and return its CRC-32 and, if asked for, its SHA-256."""
     checksums: dict[str, int] = {}
+    digests: dict[str, bytes] = {}
     for spec, tensor in zip(block.specs, block.make(), strict=True):
-        position, checksum = places[spec.key], 0
+        position, checksum, digest = places[spec.key], 0, hashlib.sha256()
         for piece in _chunks_of(tensor):
             checksum = zlib.crc32(piece, checksum)
+            if hashed:
+                digest.update(piece)
             write(memoryview(piece), position)
             position += len(piece)
         if position != places[spec.key] + spec.nbytes:
             raise AssertionError(f"tensor '{spec.key}' does not have the {spec.nbytes} bytes that were announced")
-        checksums[spec.key] = checksum
-    return checksums
+        checksums[spec.key], digests[spec.key] = checksum, digest.digest()
+    return checksums, digests
 
 
 def _check_written(path: Path, header: bytes, checksums: Mapping[str, int]) -> None:
@@ -296,6 +343,11 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     if size == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _check_identity(descriptor: int, expected: tuple[int, int, int], path: Path) -> None:
+    if _identity(descriptor) != expected:
+        raise AdapterError(f"{path}: the file was changed while it was being read; run again")
 
 
 def _identity(descriptor: int) -> tuple[int, int, int]:

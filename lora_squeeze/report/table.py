@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from lora_squeeze.records import Analysis, Compression, Outcome, Ranks
+from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, Verification
 from lora_squeeze.summary import Summary
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "layers_table",
     "plan_table",
     "summary_table",
+    "verification_table",
 ]
 
 
@@ -148,6 +149,19 @@ def summary_table(summary: Summary) -> RenderableType:
     more = len(summary.passes_through) - len(kept)
     table.add_row("Kept as it is", "\n".join([*kept, *([f"and {more} more"] if more else [])]) or "nothing")
     return Group(table, *_notes(summary.notes))
+
+
+def verification_table(verification: Verification, *, layers: bool = False) -> RenderableType:
+    """Every check and what it found, and what was lost if that was measured."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for _ in range(2):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in verification.checks:
+        verdict = "[green]passed[/green]" if check.passed else "[bold red]FAILED[/bold red]"
+        table.add_row(verdict, check.name, escape(check.found))
+    loss = ["", compression_table(verification.loss, layers=layers)] if verification.loss else []
+    return Group(table, *loss)
 
 
 def _counts(counts: Mapping[Any, int]) -> str:
