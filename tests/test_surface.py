@@ -73,6 +73,9 @@ ORDER = [
     "models",
     "encoding",
     "settings",
+    "annealing",
+    "annealing.schedule",
+    "annealing.live",
     "report",
     "report.table",
     "",  # the façade
@@ -90,7 +93,7 @@ ORDER = [
     "cli",
 ]
 WITHOUT_TORCH = re.compile(
-    r"errors|version|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|summary|report.*|cli.*|"
+    r"errors|version|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.schedule|summary|report.*|cli.*|"
 )
 
 

@@ -18,7 +18,16 @@ from typing import Any
 from lora_squeeze.adapter import Adapter, whole
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 
-__all__ = ["CONFIG", "WEIGHTS", "Rules", "config_for", "number", "read_config", "targeted"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Rules",
+    "config_for",
+    "number",
+    "read_config",
+    "refuse_what_is_not_plain_lora",
+    "targeted",
+]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -52,11 +61,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: not valid JSON ({error}); save the adapter again") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: expected a JSON object with the fields of a LoraConfig")
-    _refuse_what_is_not_plain_lora(config, path)
+    refuse_what_is_not_plain_lora(config, path)
     return config
 
 
-def _refuse_what_is_not_plain_lora(config: Mapping[str, Any], path: Path) -> None:
+def refuse_what_is_not_plain_lora(config: Mapping[str, Any], path: Path | str) -> None:
+    """Raise UnsupportedAdapter, naming `path`, where the two factors are no update of the published model."""
     method = config.get("peft_type", "LORA")
     if method in _CONVERTIBLE:
         raise UnsupportedAdapter(

@@ -1,0 +1,1 @@
+"""In-Squeeze and Cont-Squeeze: the rank falls while the training goes on."""
