@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import accuracy, cuda, peft_conversion, speed
+from benchmarks import accuracy, cuda, peft_conversion, peft_merging, speed
 from benchmarks.machine import describe
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -20,14 +20,16 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of every timing (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=("speed", "accuracy", "peft", "cuda"), metavar="NAME",
-                        help="some of speed, accuracy, peft, cuda; the page is then printed, not written")  # fmt: skip
+    names = ("speed", "accuracy", "peft", "merging", "cuda")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME",
+                        help=f"some of {', '.join(names)}; the page is then printed, not written")  # fmt: skip
     parser.add_argument("--output", type=Path, default=PAGE, help="the page to write (default: docs/benchmarks.md)")
     arguments = parser.parse_args()
     sections: dict[str, Callable[[Path], str]] = {
         "speed": partial(speed.section, rounds=arguments.rounds),
         "accuracy": accuracy.section,
         "peft": peft_conversion.section,
+        "merging": peft_merging.section,
         "cuda": partial(cuda.section, rounds=arguments.rounds),
     }
     start = time.perf_counter()

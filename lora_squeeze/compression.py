@@ -104,7 +104,7 @@ def compress(
             source_sha256=sha256().result(),
             tensors_sha256=fingerprint,
         )
-        return {ENTRY: made.to_json()}
+        return {**(adapter.late_metadata(fingerprint) if adapter.late_metadata else {}), ENTRY: made.to_json()}
 
     planned = stated(adapter, ranks.policy, ranks=ranks.by_layer, layers=layers, relative_error=0.0)
     return replace(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lora_squeeze.adapter import Adapter
 
-__all__ = ["Summary", "show"]
+__all__ = ["Summary", "base_model_of", "show"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def show(adapter: Adapter) -> Summary:
     return Summary(
         source=adapter.source,
         format=adapter.format,
-        base_model=_base_model(adapter),
+        base_model=base_model_of(adapter),
         layers=_counts(_kind(spec.kind, spec.kernel) for spec in specs),
         ranks=dict(sorted(Counter(spec.rank for spec in specs).items())),
         scales=dict(sorted(Counter(float(f"{spec.scale:.6g}") for spec in specs).items())),
@@ -66,8 +66,8 @@ def _kind(kind: str, kernel: tuple[int, ...]) -> str:
     return f"{kind} {'×'.join(map(str, kernel))}" if kernel else kind
 
 
-def _base_model(adapter: Adapter) -> str:
-    """What the adapter's own words for it are; "" if it says nothing."""
+def base_model_of(adapter: Adapter) -> str:
+    """What an adapter calls its base model; "" if it says nothing."""
     named = adapter.config.get("base_model_name_or_path")
     own = [value for key, value in adapter.config.items() if key.endswith(".base_model_name_or_path")]
     from_metadata = (

@@ -13,13 +13,13 @@ from lora_squeeze.analysis import analyze
 from lora_squeeze.comparison import outcome_of
 from lora_squeeze.compression import compress, file_cost
 from lora_squeeze.decomposition import Decomposition, decompose
-from lora_squeeze.formats import as_written, open_adapter, save_adapter
+from lora_squeeze.formats import as_written, open_adapter, save_adapter, weights_size
 from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import By, Policy, fixed, params, parse_policy
 from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, Spectrum, SqueezedLayer
 from lora_squeeze.serving import caveats, fit, limits_for, needs_one_alpha, refuse_unloadable, rules_of
 
-__all__ = ["analyze_adapter", "choose_ranks", "compress_adapter", "outcome", "squeeze"]
+__all__ = ["analyze_adapter", "choose_ranks", "compress_adapter", "full_rank", "outcome", "squeeze"]
 
 
 def analyze_adapter(
@@ -128,6 +128,12 @@ def _equal_ranks(chosen: Policy, spectra: Sequence[Spectrum], limits: Limits, op
     return Ranks(policy=chosen.spelling, by_layer=own)
 
 
+def full_rank(adapter: Adapter) -> Ranks:
+    """The plan that loses nothing: each layer its own rank, or the smaller of its dimensions."""
+    own = {name: min(spec.rank, spec.out_features, spec.in_features) for name, spec in adapter.layers.items()}
+    return Ranks(policy="full rank", by_layer=own)
+
+
 def outcome(decomposition: Decomposition, ranks: Ranks, *, dtype: str | None = None, runtime: str = "") -> Outcome:
     """What a plan would keep and cost; nothing is computed for it but numbers."""
     cost = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
@@ -184,7 +190,7 @@ def squeeze(
         output=str(output),
         policy=ranks.policy,
         layers=tuple(layers[name] for name in adapter.layers),
-        bytes_before=adapter.weights.stat().st_size if adapter.weights else 0,
+        bytes_before=adapter.weights.stat().st_size if adapter.weights else weights_size(adapter),
         bytes_after=written.nbytes,
         parameters_before=adapter.parameters,
         parameters_after=squeezed.parameters,

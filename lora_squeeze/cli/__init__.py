@@ -11,6 +11,7 @@ from lora_squeeze.cli.check import check_command
 from lora_squeeze.cli.compare import compare_command
 from lora_squeeze.cli.compress import compress_command
 from lora_squeeze.cli.convert import convert_command
+from lora_squeeze.cli.merge import merge_command
 from lora_squeeze.cli.plan import plan_command
 from lora_squeeze.cli.run import run_command
 from lora_squeeze.cli.show import show_command
@@ -49,6 +50,7 @@ for command in (
     check_command,
     convert_command,
     verify_command,
+    merge_command,
     run_command,
 ):
     main.add_command(command)

@@ -22,7 +22,7 @@ from lora_squeeze.limits import Limits
 if TYPE_CHECKING:
     from lora_squeeze import Adapter, Decomposition, Ranks
 
-__all__ = ["compress_command"]
+__all__ = ["choose", "chosen_policies", "compress_command"]
 
 
 @click.command("compress")
@@ -66,7 +66,7 @@ def compress_command(
 
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
-    policies = _policies(rank, retain, ranks_file, rank_options)
+    policies = chosen_policies(rank, retain, ranks_file, rank_options)
     adapter = open_adapter(path)
     suffix = ".safetensors" if adapter.single_file else ""
     outputs = [Path(output)] if len(policies) < 2 else [Path(output, policy + suffix) for policy in policies]
@@ -78,7 +78,7 @@ def compress_command(
     elif rank is not None and rank_options.limits == Limits() and runtime in ("", "peft"):
         plans = [_fixed(adapter, rank)]  # known beforehand: one pass over the file is enough
     else:
-        source, plans = _choose(
+        source, plans = choose(
             adapter, policies, rank_options, method, device, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank
         )
     for plan, one in zip(plans, outputs, strict=True):
@@ -100,9 +100,10 @@ def compress_command(
         print_record(compression, lambda record: compression_table(record, layers=layers), as_json=as_json)
 
 
-def _policies(
+def chosen_policies(
     rank: int | None, retain: float | None, ranks_file: Path | None, rank_options: RankOptions
 ) -> tuple[str, ...]:
+    """The policies that options ask for, spelled NAME=VALUE; none: the default. Raises UsageError for two answers."""
     given = {
         "--rank": rank is not None,
         "--retain": retain is not None,
@@ -141,7 +142,7 @@ def _read_plan(file: Path) -> Ranks:
         raise RankError(f"{file}: {error}") from error
 
 
-def _choose(
+def choose(
     adapter: Adapter,
     policies: tuple[str, ...],
     rank_options: RankOptions,
@@ -152,6 +153,7 @@ def _choose(
     runtime: str,
     max_lora_rank: int | None,
 ) -> tuple[Decomposition, list[Ranks]]:
+    """Decompose an adapter behind a progress bar, and the plan of each policy."""
     from lora_squeeze import decompose
     from lora_squeeze.verbs import choose_ranks
 
