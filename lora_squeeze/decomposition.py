@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO
 
 import torch
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
+from lora_squeeze.errors import OutputError
 from lora_squeeze.formats.tensors import memory_of
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.records import Spectrum
@@ -85,7 +87,8 @@ class _Spool:
     """Bases one after the other in an unnamed file, found again by layer name."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="lora-squeeze-")  # noqa: SIM115
+        with _or_output_error():
+            self._file: IO[bytes] = tempfile.TemporaryFile(prefix="lora-squeeze-")  # noqa: SIM115
         self._places: dict[str, tuple[int, int, int, int]] = {}  # name → offset, r, q, numerical rank
         self._end = 0
         self._lock = threading.Lock()
@@ -95,16 +98,17 @@ class _Spool:
         parts = (found.p.reshape(-1), found.q.reshape(-1), found.singular_values, found.growth)
         numbers = torch.cat(parts).cpu()
         data = memory_of(numbers)
-        with self._lock:
+        with self._lock, _or_output_error():
             self._file.seek(self._end)
             self._file.write(data)
+            self._file.flush()
             self._places[name] = (self._end, r, q, found.numerical_rank)
             self._end += len(data)
 
     def read(self, name: str, *, device: str) -> Basis:
         offset, r, q, numerical_rank = self._places[name]
         sizes = [r * q, r * q, q, q]
-        with self._lock:
+        with self._lock, _or_output_error():
             self._file.seek(offset)
             data = bytearray(self._file.read(8 * sum(sizes)))
         p, w, values, growth = torch.frombuffer(data, dtype=torch.float64).to(device).split(sizes)
@@ -115,3 +119,12 @@ class _Spool:
             numerical_rank=numerical_rank,
             growth=growth,
         )
+
+
+@contextmanager
+def _or_output_error() -> Generator[None, None, None]:
+    try:
+        yield
+    except OSError as error:
+        place = tempfile.tempdir or "no folder for temporary files"
+        raise OutputError(f"{place}: {error.strerror}; set TMPDIR to a folder with room in it") from error

@@ -48,6 +48,7 @@ ORDER = [
     "comparison",
     "spectrum",
     "formats.tensors",
+    "formats.beside",
     "formats.folder",
     "formats.pickled",
     "formats.peft_config",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -12,6 +17,7 @@ from lora_squeeze.cli.compare import compare_command
 from lora_squeeze.cli.compress import compress_command
 from lora_squeeze.cli.convert import convert_command
 from lora_squeeze.cli.merge import merge_command
+from lora_squeeze.cli.output import printable
 from lora_squeeze.cli.plan import plan_command
 from lora_squeeze.cli.run import run_command
 from lora_squeeze.cli.show import show_command
@@ -21,15 +27,51 @@ from lora_squeeze.version import __version__
 
 __all__ = ["main"]
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class _Group(click.Group):
-    """Prints the project's own errors as one line; everything else is a bug and keeps its traceback."""
+    """Prints the project's own errors and those of the machine as one line; what is left is a bug.
+
+    SIGTERM and SIGHUP end a command as Ctrl-C does: what it has begun is cleared away.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except LoraSqueezeError as error:
-            raise click.ClickException(str(error)) from error
+        with _ended_by_signals():
+            try:
+                return super().invoke(ctx)
+            except LoraSqueezeError as error:
+                raise click.ClickException(printable(str(error))) from error
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # whoever read the output has seen enough
+                    raise
+                place = f"{error.filename}: " if error.filename else ""
+                raise click.ClickException(printable(f"{place}{error.strerror or error}")) from error
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                    raise
+                raise click.ClickException(f"there is not enough memory for this: {error}") from error
+
+
+@contextmanager
+def _ended_by_signals() -> Generator[None, None, None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number in _SIGNALS:
+        if before[number] is signal.SIG_DFL:  # under nohup, SIGHUP is to be ignored
+            signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is _end:
+                signal.signal(number, handler)
+
+
+def _end(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 @click.group(

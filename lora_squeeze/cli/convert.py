@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from lora_squeeze.cli.output import printable
+
 __all__ = ["convert_command"]
 
 
@@ -28,4 +30,4 @@ def convert_command(path: str, output: str, to: str, overwrite: bool) -> None:
     written = save_adapter(adapter, output, overwrite=overwrite)
     click.echo(f"{written.weights}: {len(adapter.layers)} layers as {to}, {bytes_text(written.nbytes)}")
     for note in adapter.notes:
-        click.echo(f"Note: {note}")
+        click.echo(printable(f"Note: {note}"))

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["print_record", "print_table", "progress"]
+__all__ = ["print_record", "print_table", "printable", "progress"]
 
 
 def print_record(record: Any, table: Callable[[Any], RenderableType], *, as_json: bool) -> None:
@@ -25,11 +25,18 @@ def print_record(record: Any, table: Callable[[Any], RenderableType], *, as_json
 def print_table(table: RenderableType) -> None:
     """Fitted to the terminal; a file or a pipe has no width to wrap at."""
     from rich.console import Console
+    from rich.segment import Segment, Segments
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)
-    console.print(table)
+    segments = (Segment(printable(one.text), one.style, one.control) for one in console.render(table))
+    console.print(Segments(segments), end="")
+
+
+def printable(text: str) -> str:
+    """Without the control characters by which a name in a file could command the terminal."""
+    return "".join(one if one.isprintable() or one in "\n\t" else repr(one)[1:-1] for one in text)
 
 
 @contextmanager

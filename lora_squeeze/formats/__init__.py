@@ -131,12 +131,12 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
     check_output_of(adapter, output, overwrite=overwrite)
     form = FORMATS[adapter.format]
     if form.single_file:
-        with new_file(output) as file:
+        with new_file(output, overwrite=overwrite) as file:
             form.write(adapter, file)
             _check_meaning(adapter, form.open(file))
             size = file.stat().st_size
         return Written(weights=output, nbytes=size)
-    with new_folder(output) as folder:
+    with new_folder(output, overwrite=overwrite) as folder:
         weights = form.write(adapter, folder)
         for name, file in adapter.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import shutil
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lora_squeeze.errors import OutputError
+from lora_squeeze.formats.beside import beside
 
 __all__ = ["check_output", "new_file", "new_folder"]
 
@@ -62,67 +62,82 @@ def _is_something(output: Path) -> bool:
 
 
 @contextmanager
-def new_folder(output: Path) -> Generator[Path, None, None]:
+def new_folder(output: Path, *, overwrite: bool = False) -> Generator[Path, None, None]:
     """Yield an empty folder beside `output` that takes its place once the block has succeeded.
+
+    overwrite
+        replace what is there by then; otherwise only an empty folder is.
 
     If the block fails, the folder is removed and whatever was at `output` stays as it was.
     Raises OutputError if the folder cannot be made or moved.
     """
-    with _beside(output) as beside:
-        yield beside
-        beside.chmod(0o777 & ~_umask())
-        for folder, _, names in os.walk(beside):
+    with beside(output) as (made, replaced):
+        made.mkdir()
+        yield made
+        for folder, _, names in os.walk(made):
             for name in names:
                 _fsync(Path(folder, name))
             _fsync(Path(folder))
-        _replace(beside, output)
+        if overwrite and _is_something(output):
+            _replace(made, output, replaced)
+        else:
+            made.rename(output)
         _fsync(output.parent)
 
 
 @contextmanager
-def new_file(output: Path) -> Generator[Path, None, None]:
+def new_file(output: Path, *, overwrite: bool = False) -> Generator[Path, None, None]:
     """Yield a path, where nothing is yet, whose file takes the place of `output` once the block has succeeded.
+
+    overwrite
+        replace a file that is there by then.
 
     If the block fails, nothing is left and whatever was at `output` stays as it was. Raises
     OutputError if the file cannot be made or moved.
     """
-    with _beside(output) as beside:
-        yield beside / output.name
-        _fsync(beside / output.name)
-        (beside / output.name).replace(output)
+    with beside(output) as (made, _):
+        yield made
+        _fsync(made)
+        if overwrite:
+            made.replace(output)
+        else:
+            _rename_to_nothing(made, output)
         _fsync(output.parent)
 
 
-@contextmanager
-def _beside(output: Path) -> Generator[Path, None, None]:
-    """A folder beside `output`, on the same disk, that is gone afterwards if it has not been moved."""
+def _rename_to_nothing(made: Path, output: Path) -> None:
+    """Rename, but never onto a file: os.rename would replace it."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        output.hardlink_to(made)
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
-    try:
-        yield beside
-    except OSError as error:
-        raise OutputError(f"{error.filename or output}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if output.exists():
+            raise OutputError(f"{output}: has appeared meanwhile; use --overwrite to replace it") from error
+        made.rename(output)  # a disk without hard links
 
 
-def _replace(beside: Path, output: Path) -> None:
-    """Rename onto `output`. A folder that is there is moved aside first: rename needs the place empty."""
-    if not output.exists():
-        beside.rename(output)
+def _replace(made: Path, output: Path, replaced: Path) -> None:
+    """Put a folder in the place of another: in one step where the system can, in two where it cannot.
+
+    Between the two, nothing is at `output`; if the process ends there, `clear_leftovers` puts the old
+    one back.
+    """
+    if _exchange(made, output):
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".replaced", dir=output.parent))
-    output.rename(aside / output.name)
+    output.rename(replaced)
     try:
-        beside.rename(output)
+        made.rename(output)
     except OSError:
-        (aside / output.name).rename(output)
+        replaced.rename(output)
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Whether two names of one disk could be swapped at once (Linux: renameat2, RENAME_EXCHANGE)."""
+    here, exchange = -100, 2  # AT_FDCWD and the flag
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is None:
+        return False
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _fsync(path: Path) -> None:
@@ -131,9 +146,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
