@@ -117,6 +117,8 @@ class Adapter:
         what the user should know about this adapter.
     single_file
         the source is one file, not a folder.
+    origin
+        where it was fetched from, with its revision; "" if it lay on this disk.
     """
 
     source: str
@@ -134,6 +136,7 @@ class Adapter:
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     single_file: bool = False
+    origin: str = ""
 
     @property
     def place(self) -> Path | None:

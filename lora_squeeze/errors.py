@@ -2,6 +2,7 @@
 
 LoraSqueezeError
 ├── AdapterError            a file of the adapter is missing, damaged or contradicts itself
+│   ├── FetchError          it lies on the Hub or at Tinker and could not be fetched
 │   └── UnsupportedAdapter  the adapter is sound, but cannot be squeezed as it is
 ├── RankError               ranks, thresholds or budgets that make no sense for this adapter
 ├── SettingsError           a TOML file or an option that is unknown, mistyped or contradictory
@@ -17,6 +18,7 @@ Every message says what is wrong, in which file, layer or key, why, and what to 
 __all__ = [
     "AdapterError",
     "DataError",
+    "FetchError",
     "LoraSqueezeError",
     "MissingExtra",
     "ModelError",
@@ -34,6 +36,10 @@ class LoraSqueezeError(Exception):
 
 class AdapterError(LoraSqueezeError):
     """An adapter file is missing, damaged or contradicts itself."""
+
+
+class FetchError(AdapterError):
+    """An adapter lies on the Hub or at Tinker and could not be fetched."""
 
 
 class UnsupportedAdapter(AdapterError):

@@ -9,7 +9,6 @@ update, scale included: with unequal scales nothing else is comparable across la
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from lora_squeeze.budget import cheapest_for_energy, filled, most_energy, price_
 from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Group, Limits, Ranked, groups
 from lora_squeeze.records import Ranks, Spectrum
+from lora_squeeze.sizes import read_size
 
 __all__ = [
     "POLICIES",
@@ -272,7 +272,6 @@ POLICIES: dict[str, Callable[..., Ranks]] = {
     )
 }
 _WITHOUT_VALUE = ("variance", "stable-rank", "effective-rank", "optimal-threshold", "knee")
-_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -294,7 +293,7 @@ def parse_policy(spelling: str) -> Policy:
         if name not in _WITHOUT_VALUE:
             raise RankError(f"policy '{name}' needs a value: {name}=…")
         return Policy(name, name, POLICIES[name])
-    read = {"fixed": int, "size": _read_size}.get(name, float)
+    read = {"fixed": int, "size": read_size}.get(name, float)
     try:
         value: Any = read(text)
     except (ValueError, OverflowError):
@@ -327,13 +326,6 @@ def _one(_spectrum: Spectrum) -> int:
 
 def _call(policy: Callable[..., Ranks], value: Any, spectra: Sequence[Spectrum], **options: Any) -> Ranks:
     return policy(spectra, value, **options)
-
-
-def _read_size(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([KMG]i?B|B)?", text, re.IGNORECASE)
-    if match is None:
-        raise ValueError(text)
-    return math.floor(float(match[1]) * _BYTES[(match[2] or "").upper()])
 
 
 def _per_layer(policy: str, spectra: Sequence[Spectrum], rank_of: Callable[[Spectrum], int], limits: Limits) -> Ranks:

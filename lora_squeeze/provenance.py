@@ -35,6 +35,8 @@ class Provenance:
         long as they are not known.
     relative_error
         ‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, rounding included; NaN if it was not measured.
+    source
+        the address it was fetched from, with its revision; "" if the source lay on a disk.
     ancestors
         `source_sha256` of the source's own provenance, and of its source's, if they were made so, too.
     """
@@ -46,6 +48,7 @@ class Provenance:
     tensors_sha256: str = _NO_HASH
     relative_error: float = 0.0
     ancestors: tuple[str, ...] = ()
+    source: str = ""
     version: str = __version__
 
     def to_json(self) -> str:
@@ -57,6 +60,7 @@ class Provenance:
                 "ranks": _common(self.ranks),
                 "relative_error": _fixed_width(self.relative_error),
                 "scales": _common(self.scales),
+                **({"source": self.source} if self.source else {}),
                 "source_sha256": self.source_sha256 or _NO_HASH,
                 "tensors_sha256": self.tensors_sha256,
                 "version": self.version,
@@ -79,6 +83,7 @@ class Provenance:
                 tensors_sha256=_hash(fields["tensors_sha256"]),
                 relative_error=math.nan if error == "not measured" else float(error),
                 ancestors=tuple(_hash(one) for one in fields["ancestors"]),
+                source=str(fields.get("source", "")),
                 version=str(fields["version"]),
             )
         except KeyError as error:
@@ -117,6 +122,7 @@ def stated(
         scales={name: spec.scale for name, spec in layers.items()},
         relative_error=relative_error,
         ancestors=(before.source_sha256, *before.ancestors) if before else (),
+        source=adapter.origin,
     )
 
 

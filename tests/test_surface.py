@@ -36,6 +36,7 @@ ORDER = [
     "errors",
     "version",
     "extras",
+    "sizes",
     "parallel",
     "scratch",
     "records",
@@ -59,6 +60,12 @@ ORDER = [
     "formats.pairs",
     "formats.kohya",
     "formats.diffusers",
+    "formats.remote",
+    "formats.unpacking",
+    "formats.downloads",
+    "formats.fetched",
+    "formats.hub",
+    "formats.tinker",
     "formats",
     "conversion",
     "summary",
@@ -83,6 +90,7 @@ ORDER = [
     "",  # the façade
     "cli.options",
     "cli.output",
+    "cli.source",
     "cli.analyze",
     "cli.plan",
     "cli.compress",
@@ -96,7 +104,7 @@ ORDER = [
     "cli",
 ]
 WITHOUT_TORCH = re.compile(
-    r"errors|version|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.schedule|summary|report.*|cli.*|"
+    r"errors|version|sizes|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.schedule|summary|report.*|cli.*|"
 )
 
 

@@ -1,11 +1,10 @@
 """Records as tables: nothing is computed here, so little can go wrong."""
 
-import pytest
 from rich.console import Console
 
 from lora_squeeze import Compression, Spectrum, analyze
 from lora_squeeze.records import SqueezedLayer
-from lora_squeeze.report.table import analysis_table, bytes_text, compression_table, layers_table
+from lora_squeeze.report.table import analysis_table, compression_table, layers_table
 
 FLAT = Spectrum("model.[0].flat", 10, 6, 4, (1.0, 1.0, 1.0, 1.0))
 ZERO = Spectrum("zero", 10, 6, 4, (0.0, 0.0, 0.0, 0.0))
@@ -16,13 +15,6 @@ def text(renderable) -> str:
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
-
-
-@pytest.mark.parametrize(
-    ("count", "shown"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (19_400_000, "19.4 MB"), (3.2e12, "3200.0 GB")]
-)
-def test_sizes_as_people_write_them(count, shown):
-    assert bytes_text(count) == shown
 
 
 def test_the_recommended_row_and_no_other_is_marked():

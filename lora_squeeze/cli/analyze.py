@@ -8,6 +8,7 @@ import click
 
 from lora_squeeze.cli.options import as_json, compute_options, parse_ranks
 from lora_squeeze.cli.output import print_record, print_table, progress
+from lora_squeeze.cli.source import open_source
 from lora_squeeze.settings import CHOICES
 
 __all__ = ["analyze_command"]
@@ -40,10 +41,10 @@ def analyze_command(
     as_json: bool,
 ) -> None:
     """Show what each rank would retain of the adapter at PATH, and recommend one."""
-    from lora_squeeze import analyze, decompose, open_adapter
+    from lora_squeeze import analyze, decompose
     from lora_squeeze.report.table import analysis_table, layers_table
 
-    adapter = open_adapter(path)
+    adapter = open_source(path)
     with progress("Analyzing", len(adapter.layers)) as advance:
         spectra = decompose(adapter, method=method, device=device, on_layer=advance).spectra
     analysis = analyze(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lora_squeeze.cli.options import runtime_options
+from lora_squeeze.cli.source import open_source
 
 __all__ = ["check_command"]
 
@@ -15,10 +16,9 @@ __all__ = ["check_command"]
 @click.pass_context
 def check_command(context: click.Context, path: str, runtime: str, max_lora_rank: int | None) -> None:
     """Say whether a runtime would load the adapter at PATH, and if not, why. Exit code 0 or 1."""
-    from lora_squeeze import open_adapter
     from lora_squeeze.serving import RUNTIMES, caveats, check, rank_cap
 
-    adapter = open_adapter(path)
+    adapter = open_source(path)
     problems = check(adapter, runtime, max_lora_rank=max_lora_rank)
     cap = rank_cap(runtime, max_lora_rank)
     under = f" with max_lora_rank {cap}" if cap is not None else ""

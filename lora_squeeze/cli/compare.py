@@ -6,6 +6,7 @@ import click
 
 from lora_squeeze.cli.options import compute_options
 from lora_squeeze.cli.output import print_table, progress
+from lora_squeeze.cli.source import open_source
 
 __all__ = ["compare_command"]
 
@@ -19,7 +20,7 @@ __all__ = ["compare_command"]
 @compute_options
 def compare_command(path: str, fractions: str, as_json: bool, method: str, device: str) -> None:
     """Show all policies side by side at equal numbers of parameters."""
-    from lora_squeeze import decompose, open_adapter
+    from lora_squeeze import decompose
     from lora_squeeze.comparison import compare_policies
     from lora_squeeze.compression import file_cost
     from lora_squeeze.records import outcomes_to_json
@@ -29,7 +30,7 @@ def compare_command(path: str, fractions: str, as_json: bool, method: str, devic
         budgets = [float(fraction) for fraction in fractions.split(",")]
     except ValueError:
         raise click.BadParameter(f"'{fractions}' is not a list of fractions such as 0.5,0.25") from None
-    adapter = open_adapter(path)
+    adapter = open_source(path)
     with progress("Analyzing", len(adapter.layers)) as advance:
         spectra = decompose(adapter, method=method, device=device, on_layer=advance).spectra
     outcomes = [outcome for budget in budgets for outcome in compare_policies(spectra, budget, cost=file_cost(adapter))]

@@ -17,6 +17,7 @@ from lora_squeeze.cli.options import (
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.cli.source import open_source
 from lora_squeeze.limits import Limits
 
 if TYPE_CHECKING:
@@ -60,14 +61,14 @@ def compress_command(
     write several adapters, OUTPUT/POLICY each, from one decomposition. OUTPUT has the format of PATH:
     a folder for PEFT, a .safetensors file for kohya and diffusers.
     """
-    from lora_squeeze import open_adapter, squeeze
+    from lora_squeeze import squeeze
     from lora_squeeze.formats import check_output_of
     from lora_squeeze.report.table import compression_table
 
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     policies = chosen_policies(rank, retain, ranks_file, rank_options)
-    adapter = open_adapter(path)
+    adapter = open_source(path)
     suffix = ".safetensors" if adapter.single_file else ""
     outputs = [Path(output)] if len(policies) < 2 else [Path(output, policy + suffix) for policy in policies]
     for one in outputs:

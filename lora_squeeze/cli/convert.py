@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_squeeze.cli.output import printable
+from lora_squeeze.cli.source import open_source
 
 __all__ = ["convert_command"]
 
@@ -22,10 +23,10 @@ def convert_command(path: str, output: str, to: str, overwrite: bool) -> None:
     kohya and diffusers adapters are .safetensors files, PEFT adapters are folders.
     """
     from lora_squeeze.conversion import convert
-    from lora_squeeze.formats import check_output_of, open_adapter, save_adapter
-    from lora_squeeze.report.table import bytes_text
+    from lora_squeeze.formats import check_output_of, save_adapter
+    from lora_squeeze.sizes import bytes_text
 
-    adapter = convert(open_adapter(path), to)
+    adapter = convert(open_source(path), to)
     check_output_of(adapter, Path(output), overwrite=overwrite)
     written = save_adapter(adapter, output, overwrite=overwrite)
     click.echo(f"{written.weights}: {len(adapter.layers)} layers as {to}, {bytes_text(written.nbytes)}")

@@ -16,6 +16,7 @@ from lora_squeeze.cli.options import (
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.cli.source import open_source
 from lora_squeeze.limits import Limits
 
 __all__ = ["merge_command"]
@@ -70,7 +71,7 @@ def merge_command(
     Without a policy nothing is lost: the ranks of the sum are the sums of the ranks. OUTPUT has the
     format, configuration and other files of the first adapter.
     """
-    from lora_squeeze import open_adapter, squeeze
+    from lora_squeeze import squeeze
     from lora_squeeze.formats import check_output_of
     from lora_squeeze.merging import merge
     from lora_squeeze.report.table import compression_table
@@ -83,7 +84,7 @@ def merge_command(
         raise click.UsageError("a merge has one --policy; write it at full rank and compress that with several")
     if not policies and rank_options.limits != Limits():
         raise click.UsageError("limits on ranks need a --rank, --retain or --policy that they limit")
-    adapters = [open_adapter(path) for path in paths]
+    adapters = [open_source(path) for path in paths]
     for adapter in adapters:
         check_output_of(adapter, Path(output), overwrite=overwrite)
     shares = {"average": None, "sum": (1.0,) * len(adapters)}.get(weights) if isinstance(weights, str) else weights

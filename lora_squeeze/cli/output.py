@@ -10,8 +10,9 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.progress import TaskID
 
-__all__ = ["print_record", "print_table", "printable", "progress"]
+__all__ = ["download_progress", "print_record", "print_table", "printable", "progress"]
 
 
 def print_record(record: Any, table: Callable[[Any], RenderableType], *, as_json: bool) -> None:
@@ -50,3 +51,27 @@ def progress(what: str, total: int) -> Generator[Callable[[str], None], None, No
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda _name: bar.advance(task)
+
+
+@contextmanager
+def download_progress() -> Generator[Callable[[str, int, int], None], None, None]:
+    """A bar on stderr for what is fetched, from the first time it is called; only in a terminal, and gone at the end.
+
+    It is called with what is being done, bytes so far, and of how many (0: not known).
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                for task in tasks.values():
+                    bar.update(task, visible=False)
+                tasks[what] = bar.add_task(what, total=None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield show

@@ -15,6 +15,7 @@ from lora_squeeze.cli.options import (
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.cli.source import open_source
 from lora_squeeze.errors import OutputError
 
 __all__ = ["plan_command"]
@@ -43,7 +44,7 @@ def plan_command(
 
     Edit the file as you like and apply it: lora-squeeze compress PATH OUT --ranks ranks.json
     """
-    from lora_squeeze import decompose, open_adapter
+    from lora_squeeze import decompose
     from lora_squeeze.report.table import plan_table
     from lora_squeeze.verbs import choose_ranks, outcome
 
@@ -51,7 +52,7 @@ def plan_command(
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     if len(rank_options.policies) > 1:
         raise click.UsageError("a plan has one --policy; lora-squeeze compare shows several")
-    adapter = open_adapter(path)
+    adapter = open_source(path)
     with progress("Analyzing", len(adapter.layers)) as advance:
         decomposition = decompose(adapter, method=method, device=device, on_layer=advance)
     ranks = choose_ranks(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.cli.source import open_source
 from lora_squeeze.settings import Settings, read_settings
 
 __all__ = ["run_command"]
@@ -25,13 +26,13 @@ def run_command(file: Path, explain: bool) -> None:
 
 
 def _run(settings: Settings) -> None:
-    from lora_squeeze import analyze, decompose, open_adapter, squeeze
+    from lora_squeeze import analyze, decompose, squeeze
     from lora_squeeze.formats import check_output_of
     from lora_squeeze.report.table import analysis_table, compression_table
     from lora_squeeze.verbs import choose_ranks
 
     chosen = settings.squeeze
-    adapter = open_adapter(chosen.adapter_path)
+    adapter = open_source(chosen.adapter_path)
     if chosen.output_path:
         check_output_of(adapter, Path(chosen.output_path), overwrite=chosen.overwrite)
     with progress("Analyzing", len(adapter.layers)) as advance:

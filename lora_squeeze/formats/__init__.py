@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_squeeze.adapter import Adapter
-from lora_squeeze.errors import AdapterError, OutputError
+from lora_squeeze.errors import AdapterError, FetchError, OutputError
 from lora_squeeze.formats.diffusers import diffusers_size, is_diffusers, open_diffusers, write_diffusers
 from lora_squeeze.formats.folder import check_output, new_file, new_folder
+from lora_squeeze.formats.hub import fetch_from_hub, parse_hub_path
 from lora_squeeze.formats.kohya import is_kohya, kohya_size, open_kohya, write_kohya
 from lora_squeeze.formats.peft import open_peft, peft_size, sniff_peft, write_peft
 from lora_squeeze.formats.peft_config import config_for
+from lora_squeeze.formats.remote import Fetched, OnDownload
 from lora_squeeze.formats.tensors import SafetensorsFile, read_safetensors
+from lora_squeeze.formats.tinker import fetch_from_tinker, is_tinker_path
 
 __all__ = [
     "FORMATS",
@@ -79,15 +82,50 @@ class Written:
     nbytes: int
 
 
-def open_adapter(path: str | os.PathLike[str]) -> Adapter:
+def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None = None) -> Adapter:
     """Open an adapter: names, shapes, ranks and scales are read, tensors only when asked for.
 
+    path
+        a folder or file on this disk; else an adapter on the Hub (user/repo, user/repo@revision,
+        hf://user/repo/folder) or a Tinker checkpoint (tinker://run/weights/name), which is fetched.
+        What lies on this disk always goes first.
+    on_download
+        called while something is fetched: with what it is, bytes so far, and of how many (0: not known).
+
     Raises AdapterError if there is no adapter at this path or it is damaged, UnsupportedAdapter
-    if it is not a plain LoRA.
+    if it is not a plain LoRA, FetchError if it lies elsewhere and cannot be fetched.
     """
     location = Path(path).expanduser()
-    if not location.exists():
+    if location.exists():
+        return _open_local(location)
+    fetched = _fetch(os.fspath(path), on_download)
+    if fetched is None:
         raise AdapterError(f"{location}: no such file or folder")
+    try:
+        adapter = _open_local(fetched.path)
+    except AdapterError as error:
+        raise type(error)(f"{fetched.origin}: {error}") from error
+    files = {name: file for name, file in adapter.files.items() if fetched.files is None or name in fetched.files}
+    notes = (*adapter.notes, *fetched.notes)
+    return replace(adapter, source=fetched.origin, origin=fetched.origin, files=files, notes=notes)
+
+
+def _fetch(path: str, on_download: OnDownload | None) -> Fetched | None:
+    """Fetch what is not on this disk; None if the path does not say that it is elsewhere."""
+    if is_tinker_path(path):
+        return fetch_from_tinker(path, on_download=on_download)
+    place = parse_hub_path(path)
+    if place is None:
+        return None
+    try:
+        return fetch_from_hub(place, on_download=on_download)
+    except FetchError as error:
+        if path.startswith(("hf:", "http")):
+            raise
+        raise FetchError(f"{path}: no such file or folder here; taken for a name on the Hub: {error}") from error
+
+
+def _open_local(location: Path) -> Adapter:
     if location.is_file() and location.name.startswith("adapter_") and sniff_peft(location.parent):
         raise AdapterError(f"{location}: is a file of a PEFT adapter; give its folder: {location.parent}")
     if location.is_dir() and not sniff_peft(location):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,19 @@ from pathlib import Path
 from lora_squeeze.errors import OutputError
 from lora_squeeze.formats.beside import beside
 
-__all__ = ["check_output", "new_file", "new_folder"]
+__all__ = ["belongs_to_training", "check_output", "new_file", "new_folder"]
 
 SUFFIX = ".safetensors"
+
+_TRAINING_STATE = re.compile(
+    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|trainer_state\.json|training_args\.bin"
+    r"|pytorch_model_fsdp.*|checkpoint-\d+|global_step\d+|runs|\..*"
+)
+
+
+def belongs_to_training(name: str) -> bool:
+    """Whether a file or folder beside an adapter is what a training run left: it has the source's rank."""
+    return _TRAINING_STATE.fullmatch(name) is not None
 
 
 def check_output(output: Path, *, source: Path | None, overwrite: bool, single_file: bool = False) -> None:

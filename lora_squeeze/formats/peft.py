@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from lora_squeeze.adapter import Adapter, PassThrough
 from lora_squeeze.errors import AdapterError
+from lora_squeeze.formats.folder import belongs_to_training
 from lora_squeeze.formats.peft_adalora import adalora_places, as_lora_config, pruned_away
 from lora_squeeze.formats.peft_config import CONFIG, WEIGHTS, Rules, config_for, read_config
 from lora_squeeze.formats.peft_keys import Keys, sort_keys
@@ -28,12 +28,6 @@ from lora_squeeze.formats.tensors import (
 __all__ = ["open_peft", "peft_size", "sniff_peft", "write_peft"]
 
 PICKLED_WEIGHTS = "adapter_model.bin"
-
-# What a training run leaves beside a checkpoint: it belongs to the source's rank, not to the adapter.
-_TRAINING_STATE = re.compile(
-    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|trainer_state\.json|training_args\.bin"
-    r"|pytorch_model_fsdp.*|checkpoint-\d+|global_step\d+|runs|\..*"
-)
 
 
 def sniff_peft(path: Path) -> bool:
@@ -121,7 +115,7 @@ def _other_files(path: Path) -> tuple[dict[str, Path], list[str]]:
     for entry in sorted(path.iterdir()):
         if entry.name in (CONFIG, WEIGHTS, PICKLED_WEIGHTS):
             continue
-        if _TRAINING_STATE.fullmatch(entry.name):
+        if belongs_to_training(entry.name):
             left_behind.append(entry.name)
         elif entry.is_dir():
             files.update((str(file.relative_to(path)), file) for file in sorted(entry.rglob("*")) if file.is_file())

@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, Verification
+from lora_squeeze.sizes import bytes_text
 from lora_squeeze.summary import Summary
 
 __all__ = [
     "analysis_table",
-    "bytes_text",
     "comparison_table",
     "compression_table",
     "layers_table",
@@ -166,15 +166,6 @@ def verification_table(verification: Verification, *, layers: bool = False) -> R
 
 def _counts(counts: Mapping[Any, int]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in counts.items())
-
-
-def bytes_text(count: float) -> str:
-    """A size as people write it, in powers of 1000: 19.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 def _errors_table(compression: Compression) -> RenderableType:
