@@ -180,11 +180,15 @@ def _listing(place: HubPath) -> Listing:
 
 def _cached(place: HubPath, reason: FetchError) -> Listing:
     """What huggingface_hub's cache holds of the revision."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     wanted = place.revision or "main"
     try:
-        repos = [one for one in scan_cache_dir().repos if (one.repo_id, one.repo_type) == (place.repo, "model")]
+        repos = [
+            one
+            for one in scan_cache_dir(constants.HF_HUB_CACHE).repos
+            if (one.repo_id, one.repo_type) == (place.repo, "model")
+        ]
     except CacheNotFound:
         repos = []
     for revision in (revision for repo in repos for revision in repo.revisions):
