@@ -21,6 +21,7 @@ __all__ = [
     "Analysis",
     "Check",
     "Compression",
+    "DoraErrors",
     "LayerVariance",
     "Outcome",
     "Ranks",
@@ -174,8 +175,28 @@ class SqueezedLayer:
 
 
 @dataclass(frozen=True)
+class DoraErrors:
+    """What squeezing did to the weights of DoRA's layers: ‖D − D'‖_F / ‖D − W‖_F over all of them.
+
+    D and D' are the adapted weights before and after, W the base weights.
+    relative_error
+        with the magnitudes fitted, as they were written.
+    relative_error_if_kept
+        what keeping the source's magnitudes would have left.
+    """
+
+    layers: int
+    relative_error: float
+    relative_error_if_kept: float
+
+
+@dataclass(frozen=True)
 class Compression:
-    """What a compression wrote and what it cost. Sizes are bytes of the adapter's weight file."""
+    """What a compression wrote and what it cost. Sizes are bytes of the adapter's weight file.
+
+    dora
+        for a DoRA adapter whose base weights were given.
+    """
 
     source: str
     output: str
@@ -186,6 +207,7 @@ class Compression:
     parameters_before: int
     parameters_after: int
     notes: tuple[str, ...] = ()
+    dora: DoraErrors | None = None
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:

@@ -46,6 +46,7 @@ class SqueezeSettings:
     equal: list[str] = field(default_factory=list[str])  # groups of layers with equal ranks: qkv, experts, a pattern
     runtime: str = ""  # what has to load it: peft, vllm, sglang, llamacpp, diffusers or comfyui; "": its format's tools
     max_lora_rank: int = 0  # what that server allows; 0: its default
+    base_path: str = ""  # DoRA: folder or file of the base weights, to fit the magnitudes
     overwrite: bool = False  # replace an existing output
 
     @property

@@ -14,9 +14,11 @@ from lora_squeeze.comparison import outcome_of
 from lora_squeeze.compression import compress, file_cost
 from lora_squeeze.decomposition import Decomposition, decompose
 from lora_squeeze.formats import as_written, open_adapter, save_adapter, weights_size
+from lora_squeeze.formats.dora import FITTED_NOTE, KEPT_NOTE, magnitudes_of
 from lora_squeeze.limits import NO_LIMITS, Limits
+from lora_squeeze.magnitudes import fit_magnitudes
 from lora_squeeze.policies import By, Policy, fixed, params, parse_policy
-from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, Spectrum, SqueezedLayer
+from lora_squeeze.records import Analysis, Compression, DoraErrors, Outcome, Ranks, Spectrum, SqueezedLayer
 from lora_squeeze.serving import caveats, fit, limits_for, needs_one_alpha, refuse_unloadable, rules_of
 
 __all__ = ["analyze_adapter", "choose_ranks", "compress_adapter", "full_rank", "outcome", "squeeze"]
@@ -64,6 +66,7 @@ def compress_adapter(
     *,
     dtype: str | None = None,
     method: str = "gram",
+    base: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Compression:
     """Write an adapter whose layers have at most `target_rank`, and report what that cost.
@@ -80,6 +83,7 @@ def compress_adapter(
         dtype=dtype,
         device=device,
         method=method,
+        base=base,
         overwrite=overwrite,
     )
 
@@ -151,6 +155,7 @@ def squeeze(
     method: str = "gram",
     runtime: str = "",
     max_lora_rank: int | None = None,
+    base: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     on_layer: Callable[[str], None] | None = None,
 ) -> Compression:
@@ -160,6 +165,9 @@ def squeeze(
         an adapter (decomposed on the way, in one pass over the file) or its decomposition.
     runtime, max_lora_rank
         write what this runtime loads (see `lora_squeeze.serving`), or raise UnsupportedAdapter.
+    base
+        the base model's folder or safetensors file: DoRA's magnitudes are fitted to the squeezed
+        directions (see `lora_squeeze.magnitudes`). Without it they are kept.
     on_layer
         called with each layer's name when it has been squeezed.
 
@@ -171,16 +179,20 @@ def squeeze(
 
     def observe(layer: SqueezedLayer) -> None:
         layers[layer.spectrum.name] = layer
-        if on_layer is not None:
+        if on_layer is not None and layer.spectrum.name not in fitted:
             on_layer(layer.spectrum.name)
 
     if not isinstance(source, Decomposition) and 0 in ranks.by_layer.values():
         source = decompose(source, method=method, device=device)  # what is left out is reported as well
     adapter = source.adapter if isinstance(source, Decomposition) else source
+    fitted = magnitudes_of(adapter) if base is not None else {}
     one_alpha = needs_one_alpha(adapter, runtime)
     squeezed = compress(source, ranks, dtype=dtype, device=device, method=method, one_alpha=one_alpha, on_layer=observe)
     squeezed = fit(squeezed, runtime)
     refuse_unloadable(as_written(squeezed), runtime, max_lora_rank=max_lora_rank)
+    dora: Callable[[], DoraErrors] | None = None
+    if base is not None:
+        squeezed, dora = fit_magnitudes(adapter, squeezed, base=base, on_layer=on_layer)
     written = save_adapter(squeezed, output, overwrite=overwrite)
     if isinstance(source, Decomposition):
         for spectrum in source.spectra:
@@ -194,5 +206,6 @@ def squeeze(
         bytes_after=written.nbytes,
         parameters_before=adapter.parameters,
         parameters_after=squeezed.parameters,
-        notes=(*adapter.notes, *caveats(squeezed)),
+        notes=(*(FITTED_NOTE if dora and note == KEPT_NOTE else note for note in adapter.notes), *caveats(squeezed)),
+        dora=dora() if dora else None,
     )

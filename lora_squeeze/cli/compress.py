@@ -33,6 +33,7 @@ __all__ = ["choose", "chosen_policies", "compress_command"]
 @click.option("--retain", type=float, help="Retained variance: --policy variance=RETAIN.")
 @click.option("--ranks", "ranks_file", type=click.Path(path_type=Path), help="A plan from lora-squeeze plan.")
 @dtype_option
+@click.option("--base", type=click.Path(), help="DoRA: folder or file of the base weights, to fit the magnitudes.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @runtime_options()
@@ -46,6 +47,7 @@ def compress_command(
     retain: float | None,
     ranks_file: Path | None,
     dtype: str | None,
+    base: str | None,
     overwrite: bool,
     layers: bool,
     runtime: str,
@@ -93,6 +95,7 @@ def compress_command(
                 method=method,
                 runtime=runtime,
                 max_lora_rank=max_lora_rank,
+                base=base,
                 overwrite=overwrite,
                 on_layer=advance,
             )

@@ -69,6 +69,7 @@ def _run(settings: Settings) -> None:
             device=chosen.device,
             runtime=chosen.runtime,
             max_lora_rank=chosen.max_lora_rank or None,
+            base=chosen.base_path or None,
             overwrite=chosen.overwrite,
             on_layer=advance,
         )

@@ -17,30 +17,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
+from lora_squeeze.adapter import Adapter, LayerSpec
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats.pairs import (
+    Factors,
+    adapter_of,
     blocks_of,
-    kept_note,
-    pass_through,
+    find_alphas,
     pick_alpha_dtype,
     read_alpha,
     read_pair,
     refuse_other_methods,
 )
-from lora_squeeze.formats.tensors import (
-    Block,
-    SafetensorsFile,
-    read_safetensors,
-    safetensors_size,
-    write_safetensors,
-)
+from lora_squeeze.formats.tensors import Block, SafetensorsFile, read_safetensors, safetensors_size, write_safetensors
 
 __all__ = ["CONFIG_KEY", "component_of", "diffusers_size", "is_diffusers", "open_diffusers", "write_diffusers"]
 
@@ -75,33 +69,10 @@ def open_diffusers(path: Path) -> Adapter:
     file = read_safetensors(path)
     refuse_other_methods(file)
     config = _read_config(file)
-    pairs, other = _pair(file)
-    layers = {name: _layer_spec(name, keys, file, config) for name, keys in pairs.items()}
-
-    def read(name: str, down_as: str = "", up_as: str = "") -> LoraLayer:
-        spec, keys = layers[name], pairs[name]
-        return LoraLayer(
-            name=name,
-            down=file.read(keys["down"], borrow_as=down_as).reshape(spec.rank, spec.in_features),
-            up=file.read(keys["up"], borrow_as=up_as).reshape(spec.out_features, spec.rank),
-            scale=spec.scale,
-        )
-
-    kept = tuple(pass_through(file, key, layer=key.partition(".lora_")[0]) for key in other)
-    return Adapter(
-        source=str(path),
-        format="diffusers",
-        layers=layers,
-        load=read,
-        borrow=partial(read, down_as="down", up_as="up"),
-        pass_through=kept,
-        config=config,
-        metadata=file.metadata,
-        weights=path,
-        sha256=cache(file.sha256),
-        notes=(*_notes(other), *kept_note(kept)),
-        single_file=True,
-    )
+    modules = _modules(file)
+    others = find_alphas(file, modules)
+    layers = {name: _layer_spec(name, keys, file, config) for name, keys in modules.items()}
+    return adapter_of(file, modules, layers, form="diffusers", others=others, config=config)
 
 
 def write_diffusers(adapter: Adapter, path: Path) -> Path:
@@ -128,9 +99,8 @@ def _read_config(file: SafetensorsFile) -> dict[str, Any]:
     return config
 
 
-def _pair(file: SafetensorsFile) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module → its keys {"down": …, "up": …, "alpha": …}, and the keys that belong to no pair."""
-    pairs: dict[str, dict[str, str]] = {}
+def _modules(file: SafetensorsFile) -> Factors:
+    modules: Factors = {}
     for key in file.tensors:
         if match := _FACTOR.fullmatch(key):
             if not component_of(key):
@@ -138,19 +108,14 @@ def _pair(file: SafetensorsFile) -> tuple[dict[str, dict[str, str]], list[str]]:
                     f"{file.path}: '{key}' begins with no part of a pipeline (unet., transformer., text_encoder., …), "
                     "so it is not known what it belongs to; save it with diffusers' save_lora_weights"
                 )
-            keys = pairs.setdefault(match["module"], {})
+            keys = modules.setdefault(match["module"], {})
             if keys.setdefault(_SIDE[match["factor"]], key) != key:
                 raise AdapterError(f"{file.path}: '{key}' and '{keys[_SIDE[match['factor']]]}' are the same factor")
-    for name, keys in pairs.items():
+    for keys in modules.values():
         if len(keys) < 2:
             (present,) = keys.values()
             raise AdapterError(f"{file.path}: '{present}' has no other factor beside it; the file is incomplete")
-        if f"{name}.alpha" in file.tensors:
-            keys["alpha"] = f"{name}.alpha"
-    if not pairs:
-        raise AdapterError(f"{file.path}: holds no pair of LoRA factors; is this a LoRA?")
-    used = {key for keys in pairs.values() for key in keys.values()}
-    return pairs, [key for key in file.tensors if key not in used]
+    return modules
 
 
 def _layer_spec(name: str, keys: Mapping[str, str], file: SafetensorsFile, config: Mapping[str, Any]) -> LayerSpec:
@@ -199,14 +164,6 @@ def _first_match(config: Mapping[str, Any], field: str, name: str, default: Any,
                 raise AdapterError(f"{place} must give numbers, not {json.dumps(value)}")
             return value
     raise AssertionError("the last pattern matches everything")
-
-
-def _notes(other: list[str]) -> Iterator[str]:
-    if any("lora_magnitude_vector" in key or key.endswith(".dora_scale") for key in other):
-        yield (
-            "DoRA: the low-rank direction is squeezed and the magnitudes are kept, so the error reported is "
-            "that of the low-rank part, not of the normalised weight"
-        )
 
 
 def _blocks(adapter: Adapter) -> list[Block]:

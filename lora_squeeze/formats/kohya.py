@@ -13,31 +13,34 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
-import torch
-
-from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
+from lora_squeeze.adapter import Adapter, LayerSpec
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats.pairs import (
+    Factors,
+    adapter_of,
     blocks_of,
-    kept_note,
-    pass_through,
+    find_alphas,
     pick_alpha_dtype,
     read_alpha,
     read_pair,
     refuse_other_methods,
 )
-from lora_squeeze.formats.tensors import (
-    Block,
-    SafetensorsFile,
-    read_safetensors,
-    safetensors_size,
-    write_safetensors,
-)
+from lora_squeeze.formats.tensors import Block, SafetensorsFile, read_safetensors, safetensors_size, write_safetensors
 
-__all__ = ["is_kohya", "kohya_size", "open_kohya", "write_kohya"]
+__all__ = ["PARTS", "is_kohya", "kohya_size", "open_kohya", "write_kohya"]
+
+# What the tools put before the names of modules → the part of a pipeline that these belong to.
+PARTS = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lora_transformer_": "transformer",
+    "lycoris_": "",
+}
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>down|up|mid)\.weight")
 # LyCORIS and sd-scripts name modules of these; what they hold besides LoRA is refused by its method's name.
@@ -61,35 +64,11 @@ def open_kohya(path: Path) -> Adapter:
     """
     file = read_safetensors(path)
     refuse_other_methods(file)
-    modules, other = _modules(file)
+    modules = _modules(file)
+    others = find_alphas(file, modules)
     layers = {name: _layer_spec(name, keys, file) for name, keys in modules.items()}
-
-    def read(name: str, down_as: str = "", up_as: str = "") -> LoraLayer:
-        spec, keys = layers[name], modules[name]
-        down = file.read(keys["down"], borrow_as=down_as)
-        if spec.folded:
-            down = _folded(file.read(keys["mid"]), down)
-        return LoraLayer(
-            name=name,
-            down=down.reshape(spec.rank, spec.in_features),
-            up=file.read(keys["up"], borrow_as=up_as).reshape(spec.out_features, spec.rank),
-            scale=spec.scale,
-        )
-
-    kept = tuple(pass_through(file, key, layer=_layer_of(key, layers)) for key in other)
-    return Adapter(
-        source=str(path),
-        format="kohya",
-        layers=layers,
-        load=read,
-        borrow=partial(read, down_as="down", up_as="up"),
-        pass_through=kept,
-        metadata=file.metadata,
-        weights=path,
-        sha256=cache(file.sha256),
-        notes=(*_notes(layers, other, file.metadata), *kept_note(kept)),
-        single_file=True,
-    )
+    notes = _notes(layers, file.metadata)
+    return adapter_of(file, modules, layers, form="kohya", others=others, config={}, notes=notes)
 
 
 def write_kohya(adapter: Adapter, path: Path) -> Path:
@@ -115,9 +94,8 @@ def kohya_size(adapter: Adapter) -> int:
     return safetensors_size(_blocks(adapter), _metadata(adapter))
 
 
-def _modules(file: SafetensorsFile) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module → its keys {"down": …, "up": …, "mid": …, "alpha": …}, and the keys that belong to none."""
-    modules: dict[str, dict[str, str]] = {}
+def _modules(file: SafetensorsFile) -> Factors:
+    modules: Factors = {}
     for key in file.tensors:
         if match := _FACTOR.fullmatch(key):
             modules.setdefault(match["module"], {})[match["factor"]] = key
@@ -128,12 +106,7 @@ def _modules(file: SafetensorsFile) -> tuple[dict[str, dict[str, str]], list[str
             raise AdapterError(
                 f"{file.path}: '{present}' has no '{name}.lora_{missing}.weight' beside it; the file is incomplete"
             )
-        if f"{name}.alpha" in file.tensors:
-            keys["alpha"] = f"{name}.alpha"
-    if not modules:
-        raise AdapterError(f"{file.path}: holds no lora_down / lora_up pair; is this a LoRA?")
-    used = {key for keys in modules.values() for key in keys.values()}
-    return modules, [key for key in file.tensors if key not in used]
+    return modules
 
 
 def _layer_spec(name: str, keys: Mapping[str, str], file: SafetensorsFile) -> LayerSpec:
@@ -144,28 +117,12 @@ def _layer_spec(name: str, keys: Mapping[str, str], file: SafetensorsFile) -> La
     return replace(spec, scale=alpha / spec.rank, alpha_dtype=file.tensors[keys["alpha"]].dtype)
 
 
-def _folded(middle: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """(i, j, …) and (j, c, 1…) → Σ_j middle[i, j, …] · down[j, c]: (i, c, …), in float32 or wider."""
-    wide = torch.promote_types(torch.promote_types(middle.dtype, down.dtype), torch.float32)
-    return torch.einsum("ij...,jc->ic...", middle.to(wide), down.flatten(1).to(wide))
-
-
-def _layer_of(key: str, layers: Mapping[str, LayerSpec]) -> str:
-    """The layer whose name the key begins with, if there is one."""
-    return next((key[:end] for end, letter in enumerate(key) if letter == "." and key[:end] in layers), "")
-
-
-def _notes(layers: Mapping[str, LayerSpec], other: list[str], metadata: Mapping[str, str]) -> Iterator[str]:
+def _notes(layers: Mapping[str, LayerSpec], metadata: Mapping[str, str]) -> Iterator[str]:
     folded = [spec.name for spec in layers.values() if spec.folded]
     if folded:
         yield (
             f"{len(folded)} convolutions in CP form (lora_mid) are written as plain lora_down / lora_up pairs of the "
             f"same update, which can take more bytes at the same rank (first: {folded[0]})"
-        )
-    if any(key.endswith(".dora_scale") for key in other):
-        yield (
-            "DoRA: the low-rank direction is squeezed and the magnitudes are kept, so the error reported is "
-            "that of the low-rank part, not of the normalised weight"
         )
     if _LEGACY_HASH in metadata:
         yield f"{_LEGACY_HASH} is left out: it hashes 64 KiB of the file as it was before squeezing"

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any
 
 import torch
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
+from lora_squeeze.formats.dora import dora_note
 from lora_squeeze.formats.tensors import DTYPES, Block, SafetensorsFile, TensorSpec
 
 __all__ = [
+    "Factors",
+    "adapter_of",
     "blocks_of",
-    "kept_note",
-    "pass_through",
+    "find_alphas",
     "pick_alpha_dtype",
     "read_alpha",
     "read_pair",
     "refuse_other_methods",
 ]
+
+# Module → the keys of its tensors: "down", "up", and if there are such "mid" and "alpha".
+Factors = dict[str, dict[str, str]]
 
 _ALPHA_DTYPES = {**DTYPES, "I64": torch.int64, "I32": torch.int32}
 
@@ -104,13 +111,81 @@ def read_pair(file: SafetensorsFile, name: str, down_key: str, up_key: str, *, m
     )
 
 
-def pass_through(file: SafetensorsFile, key: str, *, layer: str = "") -> PassThrough:
-    """A tensor of the file that is carried over as it is."""
+def find_alphas(file: SafetensorsFile, modules: Factors) -> list[str]:
+    """Add the keys of alpha tensors; return those that belong to no module. Raises AdapterError if there is none."""
+    if not modules:
+        raise AdapterError(f"{file.path}: holds no pair of LoRA factors (lora_down / lora_up); is this a LoRA?")
+    for name, keys in modules.items():
+        if f"{name}.alpha" in file.tensors:
+            keys["alpha"] = f"{name}.alpha"
+    used = {key for keys in modules.values() for key in keys.values()}
+    return [key for key in file.tensors if key not in used]
+
+
+def adapter_of(
+    file: SafetensorsFile,
+    modules: Factors,
+    layers: Mapping[str, LayerSpec],
+    *,
+    form: str,
+    others: list[str],
+    config: Mapping[str, Any],
+    notes: Iterable[str] = (),
+) -> Adapter:
+    """The adapter in a file of pairs.
+
+    form
+        the format's name.
+    others
+        keys that belong to no module: they are carried over.
+    """
+
+    def read(name: str, down_as: str = "", up_as: str = "") -> LoraLayer:
+        spec, keys = layers[name], modules[name]
+        down = file.read(keys["down"], borrow_as=down_as)
+        if spec.folded:
+            down = _folded(file.read(keys["mid"]), down)
+        return LoraLayer(
+            name=name,
+            down=down.reshape(spec.rank, spec.in_features),
+            up=file.read(keys["up"], borrow_as=up_as).reshape(spec.out_features, spec.rank),
+            scale=spec.scale,
+        )
+
+    kept = tuple(_pass_through(file, key, layer=_layer_of(key, layers)) for key in others)
+    return Adapter(
+        source=str(file.path),
+        format=form,
+        layers=layers,
+        load=read,
+        borrow=partial(read, down_as="down", up_as="up"),
+        pass_through=kept,
+        config=config,
+        metadata=file.metadata,
+        weights=file.path,
+        sha256=cache(file.sha256),
+        notes=(*notes, *dora_note(others), *_kept_note(kept)),
+        single_file=True,
+    )
+
+
+def _folded(middle: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """(i, j, …) and (j, c, 1…) → Σ_j middle[i, j, …] · down[j, c]: (i, c, …), in float32 or wider."""
+    wide = torch.promote_types(torch.promote_types(middle.dtype, down.dtype), torch.float32)
+    return torch.einsum("ij...,jc->ic...", middle.to(wide), down.flatten(1).to(wide))
+
+
+def _layer_of(key: str, layers: Mapping[str, LayerSpec]) -> str:
+    """The layer whose name the key begins with, if there is one."""
+    return next((key[:end] for end, letter in enumerate(key) if letter == "." and key[:end] in layers), "")
+
+
+def _pass_through(file: SafetensorsFile, key: str, *, layer: str) -> PassThrough:
     spec = file.tensors[key]
     return PassThrough(key, spec.dtype, spec.shape, spec.nbytes, lambda: file.chunks(key), layer=layer)
 
 
-def kept_note(tensors: tuple[PassThrough, ...]) -> Iterator[str]:
+def _kept_note(tensors: tuple[PassThrough, ...]) -> Iterator[str]:
     """Says how many tensors are carried over because they are no LoRA pairs, if there are any."""
     if tensors:
         first = f"'{tensors[0].key}'" + (", …" if len(tensors) > 1 else "")

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_squeeze.adapter import Adapter, PassThrough
 from lora_squeeze.errors import AdapterError
+from lora_squeeze.formats.dora import dora_note
 from lora_squeeze.formats.folder import belongs_to_training
 from lora_squeeze.formats.peft_adalora import adalora_places, as_lora_config, pruned_away
 from lora_squeeze.formats.peft_config import CONFIG, WEIGHTS, Rules, config_for, read_config
@@ -138,12 +139,7 @@ def _notes(config: Mapping[str, Any], weights: Path, keys: Keys, left_behind: li
         yield "AdaLoRA is written as plain LoRA with the same update: its singular values go into lora_A"
     if gone := pruned_away(keys):
         yield f"{len(gone)} modules that AdaLoRA pruned to rank 0 are left out (first: {gone[0]})"
-    if config.get("use_dora"):
-        yield (
-            "DoRA: an approximation: the low-rank direction is squeezed and the magnitudes are kept, while the norm "
-            "that they are divided by, ‖W + ΔW‖ of each output (of each token, for an embedding), changes with the "
-            "truncated ΔW; the error reported is that of ΔW, not of the normalised weight"
-        )
+    yield from dora_note(list(keys.others))
 
 
 def _pass_through_block(tensor: PassThrough) -> Block:

@@ -106,6 +106,13 @@ class SafetensorsFile:
         self._read_into(key, memory_of(tensor))
         return tensor
 
+    def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start … stop of one tensor of a dtype in DTYPES."""
+        spec = self.tensors[key]
+        tensor = torch.empty((stop - start, *spec.shape[1:]), dtype=DTYPES[spec.dtype])
+        self._read_into(key, memory_of(tensor), start=start * (spec.nbytes // spec.shape[0]))
+        return tensor
+
     def chunks(self, key: str) -> Iterator[bytes]:
         """Read one tensor's bytes a MiB at a time, whatever its dtype."""
         size = self.tensors[key].nbytes

@@ -89,6 +89,9 @@ def compression_table(compression: Compression, *, layers: bool = False) -> Rend
         "Retained variance",
         f"{compression.retained_variance:.2%} over all layers (relative error {compression.relative_error:.2e})",
     )
+    if compression.dora is not None:
+        fitted, kept = compression.dora.relative_error, compression.dora.relative_error_if_kept
+        table.add_row("DoRA's weights", f"relative error {fitted:.4e} (with the magnitudes kept {kept:.4e})")
     table.add_row("Worst layer", f"relative error {worst.relative_error:.2e} in {escape(worst.spectrum.name)}")
     per_layer = [_errors_table(compression)] if layers else []
     return Group(*per_layer, table, *_notes(compression.notes))
