@@ -20,6 +20,7 @@ from lora_squeeze.formats.tensors import DTYPES, SafetensorsFile, TensorSpec, re
 __all__ = ["BaseWeights", "StoredWeight", "open_base_weights"]
 
 _BLOCK_BYTES = 8 << 20
+_UNQUANTISED = "give the model as it was before quantisation"
 # Words at which names of one model begin in one version of transformers and not in another.
 _NUMBERED = re.compile(r"(?:.*\.)?(\w+\.\d+\..+)")
 
@@ -63,7 +64,7 @@ class BaseWeights:
         Raises AdapterError, naming the module, if it is not there, not unique or quantised.
         """
         modules = self.parts.get("") or self.parts.get(part, {})
-        names = {name.replace(".", "_"): name for name in modules} if underscored else {name: name for name in modules}
+        names: Mapping[str, object] = {name.replace(".", "_"): name for name in modules} if underscored else modules
         found = _matching(module, names, separator="_" if underscored else ".")
         if len(found) > 1:
             raise AdapterError(
@@ -72,15 +73,12 @@ class BaseWeights:
             )
         if not found:
             quantised = any(name.startswith(f"{module}.") for name in names)
-            raise AdapterError(
-                f"{self.path}: has no weight of '{module}'"
-                + (", only quantised ones; give the model as it was before" if quantised else _example(names))
-            )
-        weight = modules[names[found[0]]]
+            reason = f", only quantised ones; {_UNQUANTISED}" if quantised else _example(names)
+            raise AdapterError(f"{self.path}: has no weight of '{module}'{reason}")
+        weight = modules[str(names[found[0]])] if underscored else modules[found[0]]
         if weight.spec.dtype not in DTYPES:
             raise AdapterError(
-                f"{self.path}: '{weight.spec.key}' has dtype {weight.spec.dtype}, so it is quantised; give the model as it "
-                "was before"
+                f"{self.path}: '{weight.spec.key}' has dtype {weight.spec.dtype}, so it is quantised; {_UNQUANTISED}"
             )
         return weight
 
@@ -120,7 +118,7 @@ def _modules(files: Iterable[SafetensorsFile]) -> dict[str, StoredWeight]:
     }
 
 
-def _matching(module: str, names: Mapping[str, str], *, separator: str) -> list[str]:
+def _matching(module: str, names: Mapping[str, object], *, separator: str) -> list[str]:
     """The names that mean this module: itself, or with or without the words that a class of models puts before."""
     shorter = module.partition(separator)[2]
     for exact in (module, shorter):
