@@ -21,12 +21,15 @@ import torch
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough, whole
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 from lora_squeeze.formats.diffusers import CONFIG_KEY, component_of
+from lora_squeeze.formats.dora import KEPT_NOTE, magnitude_module
+from lora_squeeze.formats.kohya import PARTS
 from lora_squeeze.formats.tensors import DTYPES
 from lora_squeeze.provenance import ENTRY, stated
 
 __all__ = ["convert"]
 
 _PEFT_PREFIX = "base_model.model."
+_BIAS = ".lora_B.bias"
 
 # What the words of kohya's names are, longest first: "to_out" is one word, "attn1_to" are two.
 _UNET_WORDS = (
@@ -35,13 +38,8 @@ _UNET_WORDS = (
     "time_emb_proj time_embedding add_embedding linear_1 linear_2"
 )
 _CLIP_WORDS = "text_model text_projection encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2"
-# kohya's prefix → the part of the pipeline and the words of its names.
-_KOHYA_PREFIXES = {
-    "lora_unet_": ("unet", _UNET_WORDS),
-    "lora_te_": ("text_encoder", _CLIP_WORDS),
-    "lora_te1_": ("text_encoder", _CLIP_WORDS),
-    "lora_te2_": ("text_encoder_2", _CLIP_WORDS),
-}
+# The part of a pipeline → the words of its names.
+_WORDS = {"unet": _UNET_WORDS, "text_encoder": _CLIP_WORDS, "text_encoder_2": _CLIP_WORDS}
 
 # Metadata that describes a kohya file's own tensors: it would be wrong of another.
 _KOHYA_ONLY = re.compile(r"sshs_.*|modelspec\.hash_sha256|ss_network_(dim|alpha|args|module)")
@@ -81,7 +79,7 @@ def convert(adapter: Adapter, to: str) -> Adapter:
         files={},
         metadata={**converted.metadata, ENTRY: made.to_json()},
         late_metadata=late_metadata,
-        notes=(*converted.notes, *notes),
+        notes=(*(note for note in converted.notes if note != KEPT_NOTE), *notes),  # nothing is squeezed here
     )
 
 
@@ -89,11 +87,10 @@ def _to_diffusers(adapter: Adapter) -> Adapter:
     """Names and configuration as diffusers has them; the scales stay."""
     if adapter.format == "kohya":
         metadata = {key: value for key, value in adapter.metadata.items() if not _KOHYA_ONLY.fullmatch(key)}
-        return replace(_renamed(adapter, _diffusers_name, config={}, suffixes={}), metadata=metadata)
+        return replace(_renamed(adapter, _diffusers_name, "diffusers"), metadata=metadata)
     component = _component_of_peft(adapter)
     config = {f"{component}.{field}": value for field, value in adapter.config.items() if not field.startswith("_")}
-    suffixes = {tensor.key: _moved(tensor.key, _PEFT_PREFIX, f"{component}.") for tensor in adapter.pass_through}
-    return _renamed(adapter, lambda name: f"{component}.{name}", config=config, suffixes=suffixes)
+    return replace(_renamed(adapter, lambda name: f"{component}.{name}", "diffusers"), config=config)
 
 
 def _to_kohya(adapter: Adapter) -> Adapter:
@@ -115,7 +112,7 @@ def _to_kohya(adapter: Adapter) -> Adapter:
         own = _plain_name(name).removeprefix(f"{component}.")
         return prefixes[component] + own.replace(".", "_")
 
-    converted = _renamed(adapter, name_of, config={}, suffixes={})
+    converted = _renamed(adapter, name_of, "kohya")
     layers = {
         name: replace(spec, keys=(), alpha_dtype=spec.alpha_dtype or "F32") for name, spec in converted.layers.items()
     }
@@ -133,13 +130,13 @@ def _to_peft(adapter: Adapter) -> Adapter:
             "it can stay one file as diffusers or kohya"
         )
     prefix = f"{components[0]}."
-    suffixes = {tensor.key: _moved(tensor.key, prefix, _PEFT_PREFIX) for tensor in adapter.pass_through}
     own = {key.removeprefix(prefix): value for key, value in adapter.config.items() if key.startswith(prefix)}
-    converted = _renamed(adapter, lambda name: _plain_name(name).removeprefix(prefix), config={}, suffixes=suffixes)
+    converted = _renamed(adapter, lambda name: _plain_name(name).removeprefix(prefix), "peft")
+    keys = [tensor.key for tensor in converted.pass_through]
     config: dict[str, Any] = {
         "target_modules": sorted(converted.layers),
-        "use_dora": any("lora_magnitude_vector" in key for key in suffixes),
-        "lora_bias": any(key.endswith(".lora_B.bias") for key in suffixes),
+        "use_dora": any(map(magnitude_module, keys)),
+        "lora_bias": any(key.endswith(_BIAS) for key in keys),
         "base_model_name_or_path": None,
         "inference_mode": True,
         **own,
@@ -178,24 +175,12 @@ def _with_scale_one(adapter: Adapter) -> Adapter:
     )
 
 
-def _renamed(
-    adapter: Adapter, name_of: Callable[[str], str], *, config: Mapping[str, Any], suffixes: Mapping[str, str]
-) -> Adapter:
-    """The adapter with other names for layers and for what is carried over.
-
-    suffixes
-        old key → new key of every tensor that is carried over; what is missing has no place.
-    """
+def _renamed(adapter: Adapter, name_of: Callable[[str], str], to: str) -> Adapter:
+    """The adapter with other names for layers and for what belongs to them, and without a configuration."""
     names = {old: name_of(old) for old in adapter.layers}
     doubled = [name for name, count in Counter(names.values()).items() if count > 1]
     if doubled:
         raise UnsupportedAdapter(f"{adapter.source}: two layers would both be named '{doubled[0]}'")
-    homeless = [tensor.key for tensor in adapter.pass_through if not suffixes.get(tensor.key)]
-    if homeless:
-        raise UnsupportedAdapter(
-            f"{adapter.source}: tensor '{homeless[0]}' is no factor of a LoRA pair, and it is not known what it is "
-            "called in the other format; keep the format"
-        )
     for spec in adapter.layers.values():
         if spec.kind not in ("linear", "conv") or whole(spec.name) != spec.name:
             what = "an embedding" if spec.kind == "embedding" else "a part of a module"
@@ -211,8 +196,8 @@ def _renamed(
         layers={names[old]: _renamed_spec(spec, names[old]) for old, spec in adapter.layers.items()},
         load=partial(read, original=adapter.load),
         borrow=partial(read, original=adapter.borrow),
-        pass_through=tuple(_renamed_tensor(tensor, suffixes[tensor.key]) for tensor in adapter.pass_through),
-        config=config,
+        pass_through=tuple(_carried(tensor, adapter, names, to) for tensor in adapter.pass_through),
+        config={},
     )
 
 
@@ -220,14 +205,35 @@ def _renamed_spec(spec: LayerSpec, name: str) -> LayerSpec:
     return replace(spec, name=name, keys=(), stored_as="")
 
 
-def _renamed_tensor(tensor: PassThrough, key: str) -> PassThrough:
-    return replace(tensor, key=key, layer="")
+def _carried(tensor: PassThrough, adapter: Adapter, names: Mapping[str, str], to: str) -> PassThrough:
+    """A layer's own tensor under its name in the other format. Raises UnsupportedAdapter for all other tensors."""
+    module = magnitude_module(tensor.key)
+    layer = (module or tensor.key.removesuffix(_BIAS)).removeprefix(_PEFT_PREFIX)
+    prefix = _PEFT_PREFIX if to == "peft" else ""
+    if layer in names and module:
+        shape = _magnitude_shape(tensor, adapter, adapter.layers[layer], to)
+        suffix = ".dora_scale" if to == "kohya" else ".lora_magnitude_vector"
+        return replace(tensor, key=f"{prefix}{names[layer]}{suffix}", shape=shape, layer=names[layer])
+    if layer in names and to != "kohya":
+        return replace(tensor, key=f"{prefix}{names[layer]}{_BIAS}", layer="")
+    raise UnsupportedAdapter(
+        f"{adapter.source}: tensor '{tensor.key}' is no factor of a LoRA pair, and it is not known what it is "
+        "called in the other format; keep the format"
+    )
 
 
-def _moved(key: str, old: str, new: str) -> str:
-    """The key of a LoRA layer's own tensor under another prefix; "" if it is no such tensor."""
-    own = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias")
-    return new + key.removeprefix(old) if key.startswith(old) and key.endswith(tuple(f".{end}" for end in own)) else ""
+def _magnitude_shape(tensor: PassThrough, adapter: Adapter, spec: LayerSpec, to: str) -> tuple[int, ...]:
+    """How the other format lays out a magnitude for each output. Raises UnsupportedAdapter for those of inputs."""
+    outputs, ones = spec.out_features, (1,) * len(spec.kernel)
+    of_outputs = {(outputs, 1, *ones)} if tensor.key.endswith(".dora_scale") else {(outputs,), (1, outputs, *ones)}
+    if tensor.shape not in of_outputs:
+        raise UnsupportedAdapter(
+            f"{adapter.source}: '{tensor.key}' has shape {list(tensor.shape)} and not one number for each of {outputs} "
+            "outputs; norms of inputs are known to kohya's format alone: keep the format"
+        )
+    if to == "kohya":
+        return (outputs, 1, *ones)
+    return (1, outputs, *ones) if spec.kernel else (outputs,)
 
 
 def _plain_name(name: str) -> str:
@@ -254,8 +260,9 @@ def _diffusers_name(name: str) -> str:
     """A kohya name with its dots. Raises UnsupportedAdapter where only the model could tell."""
     if component_of(name):
         return name  # dots and all: musubi-tuner and others write these
-    for prefix, (component, words) in _KOHYA_PREFIXES.items():
-        if name.startswith(prefix) and (parts := _split(name.removeprefix(prefix), words)):
+    for prefix, component in PARTS.items():
+        words = _WORDS.get(component, "")
+        if name.startswith(prefix) and words and (parts := _split(name.removeprefix(prefix), words)):
             return ".".join((component, *parts))
     raise UnsupportedAdapter(
         f"layer '{name}': kohya's names have underscores for dots, and without the model only those of a diffusers "

@@ -155,10 +155,8 @@ def test_kohya_names_that_need_the_model_are_refused(tmp_path, name):
 
 def test_what_has_no_place_in_the_other_format_is_refused(tmp_path):
     module = kohya_pair("lora_unet_mid_block_attentions_0_proj_in", 8, 4, 6)
-    source = save(
-        tmp_path / "a.safetensors", module, {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(8, 1)}
-    )
-    with pytest.raises(UnsupportedAdapter, match="dora_scale"):
+    source = save(tmp_path / "a.safetensors", module, {"lora_unet_norm.diff": torch.ones(8)})
+    with pytest.raises(UnsupportedAdapter, match=r"lora_unet_norm\.diff"):
         convert(open_adapter(source), "diffusers")
     with pytest.raises(UnsupportedAdapter, match="no part of a diffusers pipeline"):
         convert(open_adapter(make_adapter(tmp_path / "llama")), "kohya")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
-from lora_squeeze.formats.dora import dora_note
+from lora_squeeze.formats.dora import dora_note, magnitude_module
 from lora_squeeze.formats.tensors import DTYPES, Block, SafetensorsFile, TensorSpec
 
 __all__ = [
@@ -164,7 +164,7 @@ def adapter_of(
         metadata=file.metadata,
         weights=file.path,
         sha256=cache(file.sha256),
-        notes=(*notes, *dora_note(others), *_kept_note(kept)),
+        notes=(*notes, *dora_note(others), *_kept_note([one for one in kept if not magnitude_module(one.key)])),
         single_file=True,
     )
 
@@ -185,7 +185,7 @@ def _pass_through(file: SafetensorsFile, key: str, *, layer: str) -> PassThrough
     return PassThrough(key, spec.dtype, spec.shape, spec.nbytes, lambda: file.chunks(key), layer=layer)
 
 
-def _kept_note(tensors: tuple[PassThrough, ...]) -> Iterator[str]:
+def _kept_note(tensors: Sequence[PassThrough]) -> Iterator[str]:
     """Says how many tensors are carried over because they are no LoRA pairs, if there are any."""
     if tensors:
         first = f"'{tensors[0].key}'" + (", …" if len(tensors) > 1 else "")
