@@ -19,6 +19,7 @@ from lora_squeeze.provenance import ENTRY, stated
 from lora_squeeze.records import Ranks, SqueezedLayer, error_over_all
 from lora_squeeze.serving import fit, needs_one_alpha
 from lora_squeeze.spectrum import Basis, Truncation, basis, check_device, truncate
+from lora_squeeze.whitening import truncate_on_data
 
 __all__ = ["compress", "file_cost"]
 
@@ -78,6 +79,8 @@ def compress(
     hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
     sha256 = cache(lambda: hasher.submit(adapter.sha256))
     decomposed = partial(basis, method=method, device=device)
+    calibration = source.calibration if isinstance(source, Decomposition) else ""
+    cut = truncate_on_data if calibration else truncate
     errors: dict[str, SqueezedLayer] = {}
 
     def squeezed(name: str, *, borrow: bool = False) -> LoraLayer:
@@ -86,7 +89,7 @@ def compress(
         unchanged = before == after
         layer = adapter.borrow(name) if borrow or not unchanged else adapter.load(name)
         found = source.basis(name) if isinstance(source, Decomposition) else decomposed(layer)
-        result = Truncation(layer, 0.0) if unchanged else _truncated(layer, found, after, borrow=borrow)
+        result = Truncation(layer, 0.0) if unchanged else _truncated(layer, found, after, cut, borrow=borrow)
         errors[name] = SqueezedLayer(spectrum_of(before, layer, found), after.rank, result.relative_error)
         if on_layer is not None:
             on_layer(errors[name])
@@ -100,13 +103,15 @@ def compress(
             errors[name] = SqueezedLayer(spectrum, 0, 1.0 if spectrum.energy > 0 else 0.0)
         made = replace(
             planned,
-            relative_error=error_over_all(errors[name] for name in adapter.layers),
+            # On data it is of the outputs: nobody could measure it again from the files.
+            relative_error=math.nan if calibration else error_over_all(errors[name] for name in adapter.layers),
             source_sha256=sha256().result(),
             tensors_sha256=fingerprint,
         )
         return {**(adapter.late_metadata(fingerprint) if adapter.late_metadata else {}), ENTRY: made.to_json()}
 
-    planned = stated(adapter, ranks.policy, ranks=ranks.by_layer, layers=layers, relative_error=0.0)
+    policy = f"{ranks.policy}, calibrated by {calibration}" if calibration else ranks.policy
+    planned = stated(adapter, policy, ranks=ranks.by_layer, layers=layers, relative_error=0.0)
     return replace(
         adapter,
         layers=layers,
@@ -175,8 +180,10 @@ def _shared_scale(adapter: Adapter) -> float:
     return scales.most_common(1)[0][0] if scales else 0.0
 
 
-def _truncated(layer: LoraLayer, found: Basis, spec: LayerSpec, *, borrow: bool) -> Truncation:
-    squeezed = truncate(
+def _truncated(
+    layer: LoraLayer, found: Basis, spec: LayerSpec, cut: Callable[..., Truncation], *, borrow: bool
+) -> Truncation:
+    squeezed = cut(
         layer,
         found,
         spec.rank,

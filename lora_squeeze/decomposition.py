@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO
 
 import torch
@@ -14,9 +14,11 @@ import torch
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
 from lora_squeeze.errors import OutputError
 from lora_squeeze.formats.tensors import memory_of
+from lora_squeeze.moments import Moments, check_moments
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.records import Spectrum
 from lora_squeeze.spectrum import Basis, basis, check_device, singular_values
+from lora_squeeze.whitening import basis_on_data
 
 __all__ = ["Decomposition", "decompose", "spectrum_of"]
 
@@ -32,6 +34,7 @@ class Decomposition:
     adapter: Adapter
     spectra: tuple[Spectrum, ...]
     basis: Callable[[str], Basis] = field(repr=False)
+    calibration: str = ""
 
 
 def decompose(
@@ -40,23 +43,33 @@ def decompose(
     method: str = "gram",
     device: str = "cpu",
     seed: int = 0,
+    moments: Moments | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> Decomposition:
     """Decompose every layer, one at a time per worker.
 
     method
         "gram", "qr", "randomized" or "dense" (see `lora_squeeze.spectrum`).
+    moments
+        decompose in the metric of these data instead (see `lora_squeeze.whitening`): energies are
+        then those of the layers' outputs, and `method` does not matter.
     on_layer
         called with each layer's name as it is finished, in file order.
 
     Raises AdapterError, naming layer and tensor, for NaN, infinity or an unreadable file.
     """
     check_device(device)
+    if moments is not None:
+        check_moments(moments, adapter)
+        adapter = replace(adapter, notes=(*adapter.notes, *_notes(moments)))
     spool = _Spool()
 
     def work(name: str) -> tuple[Spectrum, Basis]:
         layer, spec = adapter.borrow(name), adapter.layers[name]
-        found = basis(layer, method=method, device=device, seed=seed)
+        if moments is None:
+            found = basis(layer, method=method, device=device, seed=seed)
+        else:
+            found = basis_on_data(layer, *moments.means(name), device=device)
         return spectrum_of(spec, layer, found), found
 
     spectra: list[Spectrum] = []
@@ -69,7 +82,19 @@ def decompose(
         adapter=adapter,
         spectra=tuple(spectra),
         basis=lambda name: spool.read(name, device=device),
+        calibration=(moments.identity or "moments in memory") if moments else "",
     )
+
+
+def _notes(moments: Moments) -> Iterator[str]:
+    sources = ", ".join(dict.fromkeys(one.source for one in moments.seen))
+    what = "outputs, weighted by the loss's gradients" if moments.gradients else "outputs"
+    yield (
+        f"calibrated: variance and errors are those of the layers' {what} on {moments.tokens:,} tokens of "
+        f"{moments.examples:,} examples ({sources})"
+    )
+    if unreached := [name for name, layer in moments.layers.items() if not layer.rows]:
+        yield f"{len(unreached)} layers were never reached by the data and count as zero (first: {unreached[0]})"
 
 
 def spectrum_of(spec: LayerSpec, layer: LoraLayer, found: Basis) -> Spectrum:

@@ -23,6 +23,7 @@ __all__ = [
     "Compression",
     "DoraErrors",
     "LayerVariance",
+    "MomentsSummary",
     "Outcome",
     "Ranks",
     "Spectrum",
@@ -271,6 +272,29 @@ class Verification:
         loss = self.loss
         figures = {"relative_error": loss.relative_error, "retained_variance": loss.retained_variance} if loss else {}
         return _to_json(self, passed=self.passed, **figures)
+
+
+@dataclass(frozen=True)
+class MomentsSummary:
+    """What a file of moments holds: how many tokens of which data, seen by how many layers of which adapter.
+
+    unreached
+        layers that the data never got to.
+    """
+
+    path: str
+    adapter_sha256: str
+    base_model: str
+    layers: int
+    unreached: tuple[str, ...]
+    tokens: int
+    examples: int
+    gradients: bool
+    sources: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """All fields."""
+        return _to_json(self)
 
 
 @dataclass(frozen=True)

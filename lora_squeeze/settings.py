@@ -47,6 +47,7 @@ class SqueezeSettings:
     runtime: str = ""  # what has to load it: peft, vllm, sglang, llamacpp, diffusers or comfyui; "": its format's tools
     max_lora_rank: int = 0  # what that server allows; 0: its default
     base_path: str = ""  # DoRA: folder or file of the base weights, to fit the magnitudes
+    calibration: str = ""  # moments of lora-squeeze calibrate: variance is then measured on data
     overwrite: bool = False  # replace an existing output
 
     @property

@@ -35,7 +35,17 @@ from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.errors import AdapterError, SettingsError
 from lora_squeeze.scratch import scratch, scratch_like
 
-__all__ = ["METHODS", "Basis", "Truncation", "basis", "check_device", "singular_values", "truncate"]
+__all__ = [
+    "METHODS",
+    "Basis",
+    "Truncation",
+    "basis",
+    "basis_from_roots",
+    "check_device",
+    "singular_values",
+    "triangular_root",
+    "truncate",
+]
 
 OVERSAMPLING = 10  # k_o of Algorithm 1
 POWER_ITERATIONS = 2  # k_q of Algorithm 1
@@ -197,8 +207,8 @@ def _gram(up: Tensor, down: Tensor) -> Basis:
 
 
 def _qr(up: Tensor, down: Tensor) -> Basis:
-    root_up, root_down = _triangular_root(up), _triangular_root(down.T)
-    return _from_roots(root_up, root_down, size=min(*up.shape, down.shape[1]))
+    root_up, root_down = triangular_root(up), triangular_root(down.T)
+    return basis_from_roots(root_up, root_down, size=min(*up.shape, down.shape[1]))
 
 
 def _dense(up: Tensor, down: Tensor) -> Basis:
@@ -242,7 +252,7 @@ _ROUTES: dict[str, Callable[[Tensor, Tensor], Basis]] = {"gram": _gram, "qr": _q
 METHODS = ("gram", "qr", "randomized", "dense")
 
 
-def _from_roots(root_up: Tensor, root_down: Tensor, *, size: int) -> Basis:
+def basis_from_roots(root_up: Tensor, root_down: Tensor, *, size: int) -> Basis:
     """The change of basis from L_B (r, ·) and L_A (r, ·): rows belong to the latent directions."""
     left, values, right = torch.linalg.svd(root_up.T @ root_down, full_matrices=False)
     return _from_coordinates(
@@ -290,7 +300,7 @@ def _cholesky_root(moment: Tensor) -> Tensor | None:
     return norms[:, None] * factor
 
 
-def _triangular_root(tall: Tensor) -> Tensor:
+def triangular_root(tall: Tensor) -> Tensor:
     """R^T of the QR decomposition of a (rows, r) matrix, blocks of rows at a time: (r, ≤ r)."""
     width = tall.shape[1]
     block = max(_ROWS_OF_FLOAT64, 4 * width)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from lora_squeeze.cli.analyze import analyze_command
+from lora_squeeze.cli.calibrate import calibrate_command
 from lora_squeeze.cli.check import check_command
 from lora_squeeze.cli.compare import compare_command
 from lora_squeeze.cli.compress import compress_command
@@ -93,6 +94,7 @@ for command in (
     convert_command,
     verify_command,
     merge_command,
+    calibrate_command,
     run_command,
 ):
     main.add_command(command)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from lora_squeeze.cli.options import compute_options
-from lora_squeeze.cli.output import print_table, progress
+from lora_squeeze.cli.decomposing import decomposed
+from lora_squeeze.cli.options import calibration_option, compute_options
+from lora_squeeze.cli.output import print_table
 from lora_squeeze.cli.source import open_source
 
 __all__ = ["compare_command"]
@@ -17,10 +20,12 @@ __all__ = ["compare_command"]
     "--params", "fractions", default="0.5,0.25,0.125,0.0625", help="Fractions of the parameters to compare at."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
+@calibration_option
 @compute_options
-def compare_command(path: str, fractions: str, as_json: bool, method: str, device: str) -> None:
+def compare_command(
+    path: str, fractions: str, as_json: bool, calibration: Path | None, method: str, device: str
+) -> None:
     """Show all policies side by side at equal numbers of parameters."""
-    from lora_squeeze import decompose
     from lora_squeeze.comparison import compare_policies
     from lora_squeeze.compression import file_cost
     from lora_squeeze.records import outcomes_to_json
@@ -31,8 +36,7 @@ def compare_command(path: str, fractions: str, as_json: bool, method: str, devic
     except ValueError:
         raise click.BadParameter(f"'{fractions}' is not a list of fractions such as 0.5,0.25") from None
     adapter = open_source(path)
-    with progress("Analyzing", len(adapter.layers)) as advance:
-        spectra = decompose(adapter, method=method, device=device, on_layer=advance).spectra
+    spectra = decomposed(adapter, method=method, device=device, calibration=calibration).spectra
     outcomes = [outcome for budget in budgets for outcome in compare_policies(spectra, budget, cost=file_cost(adapter))]
     if as_json:
         click.echo(outcomes_to_json(outcomes))

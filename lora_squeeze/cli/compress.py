@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.options import (
     RankOptions,
     as_json,
+    calibration_option,
     compute_options,
     dtype_option,
     rank_options,
@@ -38,6 +40,7 @@ __all__ = ["choose", "chosen_policies", "compress_command"]
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @runtime_options()
 @rank_options
+@calibration_option
 @compute_options
 @as_json
 def compress_command(
@@ -53,6 +56,7 @@ def compress_command(
     runtime: str,
     max_lora_rank: int | None,
     rank_options: RankOptions,
+    calibration: Path | None,
     method: str,
     device: str,
     as_json: bool,
@@ -78,12 +82,13 @@ def compress_command(
     source: Adapter | Decomposition = adapter
     if ranks_file is not None:
         plans = [_read_plan(ranks_file)]
-    elif rank is not None and rank_options.limits == Limits() and runtime in ("", "peft"):
+        if calibration is not None:
+            source = decomposed(adapter, method=method, device=device, calibration=calibration)
+    elif rank is not None and rank_options.limits == Limits() and runtime in ("", "peft") and calibration is None:
         plans = [_fixed(adapter, rank)]  # known beforehand: one pass over the file is enough
     else:
-        source, plans = choose(
-            adapter, policies, rank_options, method, device, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank
-        )
+        source = decomposed(adapter, method=method, device=device, calibration=calibration)
+        plans = choose(source, policies, rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank)
     for plan, one in zip(plans, outputs, strict=True):
         with progress(f"Squeezing {plan.policy}", len(adapter.layers)) as advance:
             compression = squeeze(
@@ -147,23 +152,18 @@ def _read_plan(file: Path) -> Ranks:
 
 
 def choose(
-    adapter: Adapter,
+    decomposition: Decomposition,
     policies: tuple[str, ...],
     rank_options: RankOptions,
-    method: str,
-    device: str,
     *,
     dtype: str | None,
     runtime: str,
     max_lora_rank: int | None,
-) -> tuple[Decomposition, list[Ranks]]:
-    """Decompose an adapter behind a progress bar, and the plan of each policy."""
-    from lora_squeeze import decompose
+) -> list[Ranks]:
+    """The plan of each policy; without any, the smallest rank that retains 95 % of the variance."""
     from lora_squeeze.verbs import choose_ranks
 
-    with progress("Analyzing", len(adapter.layers)) as advance:
-        decomposition = decompose(adapter, method=method, device=device, on_layer=advance)
-    return decomposition, [
+    return [
         choose_ranks(
             decomposition,
             policy,

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_squeeze.cli.compress import choose, chosen_policies
+from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.options import (
     RankOptions,
     as_json,
@@ -90,9 +91,8 @@ def merge_command(
     shares = {"average": None, "sum": (1.0,) * len(adapters)}.get(weights) if isinstance(weights, str) else weights
     merged = merge(adapters, shares, allow_other_base=allow_other_base, keep_first=keep_first)
     if policies:
-        source, (plan,) = choose(
-            merged, policies, rank_options, method, device, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank
-        )
+        source = decomposed(merged, method=method, device=device)
+        (plan,) = choose(source, policies, rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank)
     else:
         source, plan = merged, full_rank(merged)
     with progress("Merging", len(merged.layers)) as advance:

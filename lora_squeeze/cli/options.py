@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -14,6 +15,7 @@ from lora_squeeze.settings import CHOICES
 __all__ = [
     "RankOptions",
     "as_json",
+    "calibration_option",
     "compute_options",
     "dtype_option",
     "parse_ranks",
@@ -69,6 +71,16 @@ def compute_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def calibration_option(command: Command) -> Command:
+    """--calibration."""
+    return click.option(
+        "--calibration",
+        type=click.Path(path_type=Path),
+        metavar="MOMENTS",
+        help="Measure variance on data: a file from lora-squeeze calibrate.",
+    )(command)
 
 
 def as_json(command: Command) -> Command:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import TaskID
 
-__all__ = ["download_progress", "print_record", "print_table", "printable", "progress"]
+__all__ = ["download_progress", "print_record", "print_table", "printable", "progress", "progress_of"]
 
 
 def print_record(record: Any, table: Callable[[Any], RenderableType], *, as_json: bool) -> None:
@@ -42,7 +42,14 @@ def printable(text: str) -> str:
 
 @contextmanager
 def progress(what: str, total: int) -> Generator[Callable[[str], None], None, None]:
-    """A bar on stderr; only in a terminal, and gone when the work is done."""
+    """A bar on stderr, moved on by one at a time; only in a terminal, and gone when the work is done."""
+    with progress_of(what, total) as advance:
+        yield lambda _name: advance(1)
+
+
+@contextmanager
+def progress_of(what: str, total: int) -> Generator[Callable[[int], None], None, None]:
+    """The same bar, moved on by any number at a time."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -50,7 +57,7 @@ def progress(what: str, total: int) -> Generator[Callable[[str], None], None, No
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda _name: bar.advance(task)
+        yield lambda count: bar.advance(task, count)
 
 
 @contextmanager

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
+from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.options import (
     RankOptions,
     as_json,
+    calibration_option,
     compute_options,
     dtype_option,
     rank_options,
     runtime_options,
 )
-from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.cli.output import print_record
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.errors import OutputError
 
@@ -27,6 +29,7 @@ __all__ = ["plan_command"]
 @dtype_option
 @runtime_options()
 @rank_options
+@calibration_option
 @compute_options
 @as_json
 def plan_command(
@@ -36,6 +39,7 @@ def plan_command(
     runtime: str,
     max_lora_rank: int | None,
     rank_options: RankOptions,
+    calibration: Path | None,
     method: str,
     device: str,
     as_json: bool,
@@ -44,7 +48,6 @@ def plan_command(
 
     Edit the file as you like and apply it: lora-squeeze compress PATH OUT --ranks ranks.json
     """
-    from lora_squeeze import decompose
     from lora_squeeze.report.table import plan_table
     from lora_squeeze.verbs import choose_ranks, outcome
 
@@ -53,8 +56,7 @@ def plan_command(
     if len(rank_options.policies) > 1:
         raise click.UsageError("a plan has one --policy; lora-squeeze compare shows several")
     adapter = open_source(path)
-    with progress("Analyzing", len(adapter.layers)) as advance:
-        decomposition = decompose(adapter, method=method, device=device, on_layer=advance)
+    decomposition = decomposed(adapter, method=method, device=device, calibration=calibration)
     ranks = choose_ranks(
         decomposition,
         *rank_options.policies,

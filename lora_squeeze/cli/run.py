@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.output import print_record, progress
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.settings import Settings, read_settings
@@ -26,7 +27,7 @@ def run_command(file: Path, explain: bool) -> None:
 
 
 def _run(settings: Settings) -> None:
-    from lora_squeeze import analyze, decompose, squeeze
+    from lora_squeeze import analyze, squeeze
     from lora_squeeze.formats import check_output_of
     from lora_squeeze.report.table import analysis_table, compression_table
     from lora_squeeze.verbs import choose_ranks
@@ -35,8 +36,8 @@ def _run(settings: Settings) -> None:
     adapter = open_source(chosen.adapter_path)
     if chosen.output_path:
         check_output_of(adapter, Path(chosen.output_path), overwrite=chosen.overwrite)
-    with progress("Analyzing", len(adapter.layers)) as advance:
-        decomposition = decompose(adapter, method=chosen.method, device=chosen.device, on_layer=advance)
+    calibration = Path(chosen.calibration) if chosen.calibration else None
+    decomposition = decomposed(adapter, method=chosen.method, device=chosen.device, calibration=calibration)
     analysis = analyze(
         decomposition.spectra,
         source=adapter.source,
@@ -44,7 +45,7 @@ def _run(settings: Settings) -> None:
         target_ranks=chosen.target_ranks,
         min_variance_retention=chosen.min_variance_retention,
         by="worst" if chosen.by == "worst" else "mean",
-        notes=adapter.notes,
+        notes=decomposition.adapter.notes,
     )
     print_record(analysis, analysis_table, as_json=False)
     if not chosen.output_path:
@@ -89,6 +90,7 @@ def _explain(file: Path, settings: Settings) -> None:
         "min_variance_retention": f"{chosen.min_variance_retention} ({chosen.by} over layers)",
         "output_path": chosen.output_path or "none: analyze only",
         "compress_to": target if chosen.output_path else "nothing is written",
+        "calibration": chosen.calibration or "none: variance is that of the weights",
         "runtime": chosen.runtime or "all that read its format",
         "device": chosen.device,
     }.items():

@@ -1,0 +1,176 @@
+"""A base model with one or several adapters, loaded once; factors are swapped in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_squeeze.adapter import Adapter
+from lora_squeeze.annealing.live import Site, place, sites
+from lora_squeeze.data import Example, Labelled, labels_of
+from lora_squeeze.errors import AdapterError, DataError
+from lora_squeeze.formats import open_adapter
+from lora_squeeze.models import (
+    Task,
+    attach_adapter,
+    base_of,
+    device_of,
+    labels_of_adapter,
+    load_model,
+    load_tokenizer,
+)
+
+__all__ = ["Contestant", "Subject", "activate", "contestant_of", "open_subject"]
+
+_Placed = tuple[Site, Tensor, Tensor, float]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One adapter to be measured.
+
+    adapter
+        the name under which PEFT knows the one whose factors these are, or replace.
+    factors
+        what takes the place of its factors; empty: they stay as they were loaded.
+    """
+
+    label: str
+    adapter: str
+    rank: int
+    parameters: int
+    factors: tuple[_Placed, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with adapters, what it is for, and how its inputs are made.
+
+    adapters
+        PEFT's name of each adapter → where it was loaded from, as `open_adapter` reads it.
+    originals
+        PEFT's name → every module's factors as they were loaded.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    labels: tuple[str, ...]
+    base: str
+    device: str
+    adapters: Mapping[str, Adapter]
+    originals: Mapping[str, tuple[_Placed, ...]] = field(repr=False)
+
+
+def open_subject(
+    adapters: Sequence[str],
+    *,
+    base: str = "",
+    examples: Sequence[Example] = (),
+    labels: Sequence[str] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Subject:
+    """Load a base model and one or several adapters onto it.
+
+    base
+        default: the one that the first adapter names.
+    examples, labels
+        what a classifier's classes are called: as given, as saved beside the adapter, or as in the data.
+
+    Raises ModelError, AdapterError or DataError.
+    """
+    opened = [open_adapter(path) for path in adapters]
+    for path, adapter in zip(adapters, opened, strict=True):
+        if adapter.format != "peft":
+            raise AdapterError(f"{path}: is a {adapter.format} file; only PEFT adapters can be loaded onto a model")
+    task: Task = "sequence-classification" if opened[0].config.get("task_type") == "SEQ_CLS" else "causal-lm"
+    source = base or base_of(adapters[0])[0]
+    known = _labels(adapters[0], opened[0], task, examples, labels)
+    tokenizer = load_tokenizer(source)
+    model = load_model(
+        source, task=task, labels=known if task == "sequence-classification" else (), dtype=dtype, device=device
+    )
+    names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
+    model = attach_adapter(model, adapters[0])
+    for name, path in zip(names[1:], adapters[1:], strict=True):
+        _attach_another(model, path, name)
+    model.eval()
+    model.config.use_cache = False  # nothing is generated
+    return Subject(
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        labels=known,
+        base=source,
+        device=device_of(device),
+        adapters=dict(zip(names, opened, strict=True)),
+        originals={name: _as_loaded(model, name) for name in names},
+    )
+
+
+def contestant_of(subject: Subject, squeezed: Adapter, *, label: str, adapter: str = "default") -> Contestant:
+    """An adapter with lower ranks than one that is loaded, to be swapped in for it.
+
+    Layers that were left out get factors of zero. The numbers are those that `save_adapter` would write.
+    """
+    placed: list[_Placed] = []
+    for site, down, up, scale in subject.originals[adapter]:
+        if any(part in squeezed.layers for part in site.parts):
+            layers = [squeezed.load(part) for part in site.parts]
+            downs = torch.stack([layer.down for layer in layers]).to(down)
+            ups = torch.stack([layer.up for layer in layers]).to(up)
+            placed.append((site, site.as_down(downs).contiguous(), site.as_up(ups).contiguous(), layers[0].scale))
+        else:
+            zeros = torch.zeros_like(site.downs(down)[:, :1]), torch.zeros_like(site.ups(up)[:, :, :1])
+            placed.append((site, site.as_down(zeros[0]), site.as_up(zeros[1]), scale))
+    return Contestant(label, adapter, squeezed.rank, squeezed.parameters, tuple(placed))
+
+
+def activate(subject: Subject, contestant: Contestant) -> None:
+    """Make a contestant the model's adapter, in place."""
+    for site, down, up, scale in contestant.factors or subject.originals[contestant.adapter]:
+        if site.down.data_ptr() != down.data_ptr() or site.up.data_ptr() != up.data_ptr() or site.scale != scale:
+            place(site, down, up, scale=scale)
+    if len(subject.adapters) > 1:
+        subject.model.set_adapter(contestant.adapter)
+
+
+def _as_loaded(model: Any, name: str) -> tuple[_Placed, ...]:
+    return tuple((site, site.down.data, site.up.data, site.scale) for site in sites(model, name).values())
+
+
+def _attach_another(model: Any, path: str, name: str) -> None:
+    try:
+        model.load_adapter(path, adapter_name=name)
+    except Exception as error:  # other shapes, an unknown type: whatever was in the folder
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AdapterError(f"{path}: cannot be loaded beside the first adapter: {reason}") from error
+
+
+def _labels(
+    path: str, adapter: Adapter, task: Task, examples: Sequence[Example], given: Sequence[str]
+) -> tuple[str, ...]:
+    if given:
+        return tuple(given)
+    if task == "sequence-classification":
+        if saved := labels_of_adapter(path):
+            return saved
+        found, classes = labels_of(examples), _classes(adapter)
+        if len(found) != classes:
+            raise DataError(
+                f"{path}: its head has {classes or 'an unknown number of'} classes, and the data have {len(found)}; "
+                "say what they are called, in their order, with --labels"
+            )
+        return found
+    return labels_of(examples) if examples and isinstance(examples[0], Labelled) else ()
+
+
+def _classes(adapter: Adapter) -> int:
+    """Of the trained head: the rows of the last matrix that is no factor; 0 if there is none."""
+    heads = [tensor.shape[0] for tensor in adapter.pass_through if len(tensor.shape) == 2]
+    return heads[-1] if heads else 0
