@@ -8,7 +8,7 @@ examples are put into batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,10 +55,10 @@ def calibrate(
         for batch in batches:
             mask = batch.inputs.get("attention_mask")
             gather.mask = None if mask is None or bool(mask.all()) else mask.bool()
-            tokens += int(batch.inputs["input_ids"].numel() if mask is None else mask.sum())
-            logits = model(**batch.inputs).logits
+            tokens += _positions(batch.inputs)
+            output = model(**batch.inputs)
             if gradients:
-                _total_loss(logits, batch.labels).backward()
+                _total_loss(output.logits, batch.labels).backward()
                 model.zero_grad(set_to_none=True)
     return Moments(
         layers=gather.moments(),
@@ -67,6 +67,13 @@ def calibrate(
         base_model=base_model,
         seen=(seen,),
     )
+
+
+def _positions(inputs: Mapping[str, Tensor]) -> int:
+    """Tokens that are no padding; of inputs that are no text, the examples."""
+    if "attention_mask" in inputs:
+        return int(inputs["attention_mask"].sum())
+    return inputs["input_ids"].numel() if "input_ids" in inputs else len(next(iter(inputs.values())))
 
 
 def _total_loss(logits: Tensor, labels: Tensor) -> Tensor:
