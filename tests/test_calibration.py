@@ -327,7 +327,7 @@ def test_what_does_not_belong_together_is_not_merged(language_model):
         merge_moments([moments, taken(language_model, gradients=True, source="builtin:sums:5")])
     with pytest.raises(DataError, match="different adapters"):
         merge_moments([moments, replace(other, adapter_sha256="1" * 64)])
-    with pytest.raises(DataError, match="different base models.*'another'"):
+    with pytest.raises(DataError, match=r"different base models.*'another'"):
         merge_moments([moments, replace(other, base_model="another")])
 
 
