@@ -15,25 +15,31 @@ import torch
 __all__ = ["scratch", "scratch_like"]
 
 
-class _Buffers(threading.local):
+class _Memory(threading.local):
     def __init__(self) -> None:
-        self.by_role: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self.buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self.views: dict[tuple[str, torch.device, Sequence[int], torch.dtype], torch.Tensor] = {}
 
 
-_buffers = _Buffers()
+_memory = _Memory()
 
 
 def scratch(role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor, valid until this thread asks for the same role again."""
+    wanted = (role, device, shape, dtype)
+    if (known := _memory.views.get(wanted)) is not None:
+        return known
     size = math.prod(shape) * dtype.itemsize
-    buffer = _buffers.by_role.get((role, device))
+    buffer = _memory.buffers.get((role, device))
     if buffer is None or len(buffer) < size:
-        buffer = _buffers.by_role[role, device] = torch.empty(size, dtype=torch.uint8, device=device)
-    return buffer[:size].view(dtype).view(shape)
+        buffer = _memory.buffers[role, device] = torch.empty(size, dtype=torch.uint8, device=device)
+        _memory.views = {key: view for key, view in _memory.views.items() if key[:2] != (role, device)}
+    view = _memory.views[wanted] = buffer[:size].view(dtype).view(shape)
+    return view
 
 
 def scratch_like(role: str, matrix: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`scratch` with the shape of this matrix, its rows or its columns contiguous as they are there."""
     if matrix.stride(1) == 1:
         return scratch(role, matrix.shape, dtype, device)
-    return scratch(role, (matrix.shape[1], matrix.shape[0]), dtype, device).T
+    return scratch(role, matrix.shape[::-1], dtype, device).T

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -163,21 +164,21 @@ def truncate(
     safe = kept == 0 or float(found.growth[:kept].max()) <= _FLOAT32_GROWTH
     exact = torch.float32 if halves and safe else torch.float64
     q, p = q.to(exact), (p.T if ratio >= 0 else -p.T).to(exact)
-    down, down_noise, down_cross = _project(layer.down, q, down_dtype or exact, "squeezed down" if borrow else "")
-    up, up_noise, up_cross = _project(layer.up.T, p, up_dtype or exact, "squeezed up" if borrow else "")
+    down, (down_cross, down_noise) = _project(layer.down, q, down_dtype or exact, "squeezed down" if borrow else "")
+    up, (up_cross, up_noise) = _project(layer.up.T, p, up_dtype or exact, "squeezed up" if borrow else "")
     # With X = up P, Y = Q down and their rounding errors x and y, X^T X = Y Y^T = S and
     # ‖(X + x)(Y + y) - X Y‖² = ‖x (Y + y) + X y‖²: k×k numbers that suffer no cancellation. What was
     # cut off is orthogonal to X and to Y, so the two losses add up as squares.
-    values = torch.zeros(rank, dtype=torch.float64, device=p.device)
-    values[:kept] = found.singular_values[:kept] * abs(ratio)
-    rounding = (up_noise * (torch.diag(values) + down_cross + down_cross.T + down_noise)).sum()
-    rounding += (values * down_noise.diagonal()).sum() + 2 * (up_cross.T * (down_cross + down_noise)).sum()
-    cut = found.singular_values[kept:].square().sum() * layer.scale**2
-    energy = found.singular_values.square().sum() * layer.scale**2
-    lost = float(cut + rounding * scale**2)
+    values = found.singular_values[:kept] * abs(ratio)
+    down_sum = down_cross + down_noise
+    rounding = (up_noise * (down_sum + down_cross.T)).sum() + 2 * (up_cross.T * down_sum).sum()
+    rounding += values @ (up_noise.diagonal() + down_noise.diagonal())[:kept]
+    energies = found.singular_values.square()
+    cut, energy = float(energies[kept:].sum()) * layer.scale**2, float(energies.sum()) * layer.scale**2
+    lost = cut + float(rounding) * scale**2
     return Truncation(
         layer=LoraLayer(name=layer.name, down=down, up=up.T, scale=scale),
-        relative_error=math.sqrt(max(lost, 0.0) / float(energy)) if energy > 0 else 0.0,
+        relative_error=math.sqrt(max(lost, 0.0) / energy) if energy > 0 else 0.0,
     )
 
 
@@ -187,23 +188,18 @@ class _NotFinite(ArithmeticError):
 
 def _gram(up: Tensor, down: Tensor) -> Basis:
     moment_up, moment_down = _second_moment(up), _second_moment(down.T)
-    _check_finite(moment_up.sum() + moment_down.sum())
-    root = _cholesky_root(moment_down)
+    up_norms, down_norms = moment_up.diagonal().sqrt(), moment_down.diagonal().sqrt()
+    if not math.isfinite(float(up_norms.norm())):
+        return _qr(up, down)
+    root = _cholesky_root(moment_down, down_norms)
     if root is None:
         return _qr(up, down)
     half = moment_up @ root
     squares, vectors = torch.linalg.eigh(root.T @ half)
-    squares, vectors = squares.flip(0), vectors.flip(1)
-    if not bool(squares[-1] > _GRAM_SPREAD * squares[0]):
+    if not float(squares[0]) > _GRAM_SPREAD * float(squares[-1]):
         return _qr(up, down)
-    values = squares.sqrt()
-    return _from_coordinates(
-        root @ vectors,
-        (half @ (vectors / values)).T,
-        values,
-        moment_up.diagonal().sqrt(),
-        moment_down.diagonal().sqrt(),
-    )
+    values, vectors = squares.flip(0).sqrt_(), vectors.flip(1)
+    return _from_coordinates(root @ vectors, (half @ vectors).T / values[:, None], values, up_norms, down_norms)
 
 
 def _qr(up: Tensor, down: Tensor) -> Basis:
@@ -270,34 +266,34 @@ def _from_coordinates(right: Tensor, left: Tensor, values: Tensor, up_norms: Ten
     right: L_A V (r, q); left: U^T L_B^T (q, r); up_norms: of up's columns (r,); down_norms: of
     down's rows (r,).
     """
-    floor = _NOISE * float(up_norms.norm() * down_norms.norm())
-    alive = values > max(floor, _NOISE * float(values[0]))
-    roots = values.sqrt()
-    inverse = torch.where(alive, 1.0 / roots, torch.zeros_like(roots))
+    floor = _NOISE * max(float(up_norms.norm() * down_norms.norm()), float(values[0]))
+    alive = sum(value > floor for value in values.tolist())
+    inverse = values.rsqrt()
+    if alive < len(values):
+        values = values.clone()
+        values[alive:] = inverse[alive:] = 0.0
     p, q = right * inverse, inverse[:, None] * left
     growth = torch.maximum(up_norms @ p.abs(), q.abs() @ down_norms) * inverse
-    return Basis(
-        singular_values=torch.where(alive, values, torch.zeros_like(values)),
-        p=p,
-        q=q,
-        numerical_rank=int(alive.sum()),
-        growth=growth,
-    )
+    return Basis(singular_values=values, p=p, q=q, numerical_rank=alive, growth=growth)
 
 
-def _cholesky_root(moment: Tensor) -> Tensor | None:
-    """L with moment = L L^T, or None where it is singular or too close to it."""
-    norms = moment.diagonal().sqrt()
+def _cholesky_root(moment: Tensor, norms: Tensor) -> Tensor | None:
+    """L with moment = L L^T, or None where it is singular or too close to it; norms: roots of the diagonal."""
     # With a unit diagonal, rows that differ only in size (as after an SVD) are no difficulty.
     # A zero row divides to NaN, which the factorisation reports as a failure.
-    factor, failed = torch.linalg.cholesky_ex(moment / (norms[:, None] * norms))
-    if bool(failed):
+    factor, failed = torch.linalg.cholesky_ex(moment / torch.outer(norms, norms))
+    if failed.item():
         return None
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    identity = _identity(len(moment), moment.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    if not float(factor.norm() * inverse.norm()) <= _GRAM_CONDITION:
+    if not float(factor.norm()) * float(inverse.norm()) <= _GRAM_CONDITION:
         return None
-    return norms[:, None] * factor
+    return factor.mul_(norms[:, None])
+
+
+@lru_cache
+def _identity(size: int, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device=device)
 
 
 def triangular_root(tall: Tensor) -> Tensor:
@@ -320,29 +316,31 @@ def _second_moment(tall: Tensor) -> Tensor:
     return total
 
 
-def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, borrow_as: str) -> tuple[Tensor, Tensor, Tensor]:
+def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, borrow_as: str) -> tuple[Tensor, Tensor]:
     """Round X = projection @ wide to dtype, a block of columns at a time, in the projection's precision.
 
     wide: (r, n); projection: (k, r). Returns the rounded X (k, n), laid out as `wide` is, and, with
-    x its rounding errors, x x^T and X x^T (k, k) in float64.
+    x its rounding errors, X x^T and x x^T as one (2, k, k) in float64.
     """
     exact, device, height = projection.dtype, projection.device, projection.shape[0]
     upright = wide.stride(1) == 1
     size = (height, wide.shape[1]) if upright else (wide.shape[1], height)
-    memory = scratch(borrow_as, size, dtype, torch.device("cpu")) if borrow_as else torch.empty(size, dtype=dtype)
-    result = memory if upright else memory.T
-    noise, cross = (torch.zeros(height, height, dtype=exact, device=device) for _ in range(2))
-    for columns, target in zip(wide.split(_ROWS_OF_FLOAT32, 1), result.split(_ROWS_OF_FLOAT32, 1), strict=True):
-        block = scratch_like("converted", columns, exact, device).copy_(columns)
-        product = scratch_like("product", target, exact, device)
+    result = scratch(borrow_as, size, dtype, torch.device("cpu")) if borrow_as else torch.empty(size, dtype=dtype)
+    moments = torch.zeros(2, height, height, dtype=exact, device=device)
+    stored = wide if upright else wide.T
+    blocks, targets = (matrix.split(_ROWS_OF_FLOAT32, int(upright)) for matrix in (stored, result))
+    for block, target in zip(blocks, targets, strict=True):
+        converted = scratch("converted", block.shape, exact, device).copy_(block)
+        both = scratch("product and error", (2, *target.shape), exact, device)
+        product, error = both
         # A product of transposes, where that is how the factors are laid out.
-        torch.mm(projection, block, out=product) if upright else torch.mm(block.T, projection.T, out=product.T)
+        torch.mm(projection, converted, out=product) if upright else torch.mm(converted, projection.T, out=product)
         target.copy_(product)
         if dtype is not exact:
-            error = scratch_like("error", target, exact, device).copy_(target).sub_(product)
-            noise.addmm_(error, error.T)
-            cross.addmm_(product, error.T)
-    return result, noise.double(), cross.double()
+            error.copy_(target).sub_(product)
+            both, error = (both, error.T) if upright else (both.mT, error)
+            moments.baddbmm_(both, error.expand(2, *error.shape))
+    return result if upright else result.T, moments.double()
 
 
 def _idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
