@@ -79,6 +79,19 @@ def test_singular_values_are_those_of_the_effective_update(method, shape, dtype)
 
 
 @every_route
+@every_dtype
+@pytest.mark.parametrize("rank", [12, 13, 24, 25, 40, 64])
+def test_singular_values_of_layers_of_high_rank(method, dtype, rank):
+    # On the CPU the second moments are put together from strips of columns.
+    layer = random_layer((3000, 150, rank), dtype, decay=0.95)
+    exact = dense_svd(layer)[1]
+
+    found = torch.tensor(singular_values(layer, basis(layer, method=method)), dtype=torch.float64)
+
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=0)
+
+
+@every_route
 @every_shape
 @every_dtype
 def test_truncation_at_every_rank_is_the_dense_truncation(method, shape, dtype):
