@@ -44,6 +44,7 @@ __all__ = [
     "basis",
     "basis_from_roots",
     "check_device",
+    "idle_rows",
     "singular_values",
     "triangular_root",
     "truncate",
@@ -163,7 +164,7 @@ def truncate(
     p, q = found.p[:, :rank] * half, found.q[:rank] * half
     if kept < rank:
         p = torch.cat([p[:, :kept], p.new_zeros(p.shape[0], rank - kept)], dim=1)
-        q = torch.cat([q[:kept], _idle_rows(layer, found, rank - kept)])
+        q = torch.cat([q[:kept], idle_rows(layer, found, rank - kept)])
     halves = layer.up.element_size() <= 2 and layer.down.element_size() <= 2
     safe = kept == 0 or float(found.growth[:kept].max()) <= _FLOAT32_GROWTH
     exact = torch.float32 if halves and safe else torch.float64
@@ -362,7 +363,7 @@ def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, borrow_as: st
     return result if upright else result.T, moments.double()
 
 
-def _idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
+def idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
     """Rows q (count, r) whose q @ down are the strongest directions of down that are not kept."""
     rank = found.p.shape[0]
     kept = found.numerical_rank

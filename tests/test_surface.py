@@ -89,7 +89,16 @@ ORDER = [
     "settings",
     "annealing",
     "annealing.schedule",
+    "annealing.targets",
     "annealing.live",
+    "annealing.change",
+    "annealing.eightbit",
+    "annealing.transport",
+    "annealing.replicas",
+    "annealing.switch",
+    "annealing.rates",
+    "annealing.loading",
+    "annealing.squeezer",
     "evaluation",
     "evaluation.rows",
     "evaluation.subject",
@@ -117,7 +126,7 @@ ORDER = [
     "cli",
 ]
 WITHOUT_TORCH = re.compile(
-    r"errors|version|sizes|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.schedule|summary|report.*|cli.*|"
+    r"errors|version|sizes|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.(schedule|targets)|summary|report.*|cli.*|"
 )
 
 

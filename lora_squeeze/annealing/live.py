@@ -26,7 +26,17 @@ from lora_squeeze.formats.peft_config import config_for, refuse_what_is_not_plai
 from lora_squeeze.formats.peft_keys import PREFIX
 from lora_squeeze.formats.tensors import DTYPES, dtype_name, memory_of
 
-__all__ = ["Factors", "Site", "live_adapter", "put_factors", "sites", "unwrapped"]
+__all__ = [
+    "Factors",
+    "Site",
+    "adapter_config",
+    "live_adapter",
+    "place",
+    "put_factors",
+    "record_ranks",
+    "sites",
+    "unwrapped",
+]
 
 Factors = tuple[Tensor, Tensor]  # (A (r, in), B (out, r))
 
@@ -125,7 +135,7 @@ def live_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
         load=load,
         borrow=load,
         pass_through=tuple(_companions(model, adapter_name)),
-        config=_plain(_config(model, adapter_name).to_dict()),
+        config=_plain(adapter_config(model, adapter_name).to_dict()),
     )
 
 
@@ -163,8 +173,7 @@ def put_factors(
 def place(site: Site, down: Tensor, up: Tensor, *, scale: float) -> None:
     """Put tensors of the parameters' layout into one module; `record_ranks` has to follow."""
     for parameter, tensor in ((site.down, down), (site.up, up)):
-        parameter.grad = None
-        parameter.data = tensor
+        _refill(parameter, tensor)
     module, name, rank = site.module, site.adapter, _declared_rank(site)
     module.r[name] = rank
     module.scaling[name] = scale
@@ -176,9 +185,19 @@ def place(site: Site, down: Tensor, up: Tensor, *, scale: float) -> None:
         setattr(module.lora_B[name], outer, down.shape[0])
 
 
+def _refill(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Give a parameter another tensor of another shape; its gradient is dropped."""
+    parameter.grad = None
+    # As long as a graph of before is alive (a loss that somebody kept), autograd would let new gradients
+    # arrive at its node, which expects the old shape. A change of dtype makes it forget that node.
+    other = torch.float16 if tensor.dtype != torch.float16 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = tensor
+
+
 def record_ranks(model: nn.Module, adapter_name: str) -> None:
     """Write the ranks and scales of the modules into the adapter's configuration."""
-    config = _config(model, adapter_name)
+    config = adapter_config(model, adapter_name)
     # Only what follows from ranks and scales: the tensors beside them do not matter here.
     found = sites(model, adapter_name)
     layers = {spec.name: spec for site in found.values() for spec in site.specs()}
@@ -193,7 +212,7 @@ def sites(model: nn.Module, adapter_name: str = "default") -> dict[str, Site]:
 
     Raises AdapterError if there are none, UnsupportedAdapter for what cannot be squeezed, by name.
     """
-    config = _config(model, adapter_name)
+    config = adapter_config(model, adapter_name)
     label = f"adapter '{adapter_name}'"
     refuse_what_is_not_plain_lora(_plain(config.to_dict()), label)
     if str(config.peft_type.value) != "LORA":
@@ -227,7 +246,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _config(model: nn.Module, adapter_name: str) -> Any:
+def adapter_config(model: nn.Module, adapter_name: str) -> Any:
+    """The PEFT configuration of an adapter. Raises AdapterError if the model has none of this name."""
     configs: Any = getattr(unwrapped(model), "peft_config", None)
     if "peft" not in sys.modules or not isinstance(configs, dict):
         raise AdapterError(
