@@ -14,7 +14,6 @@ tinker://RUN/sampler_weights/NAME
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.errors import AdapterError, FetchError, MissingExtra, UnsupportedAdapter
+from lora_squeeze.extras import require
 from lora_squeeze.formats.downloads import check_reachable, download
 from lora_squeeze.formats.fetched import known_copy, store_copy
 from lora_squeeze.formats.remote import Fetched, OnDownload, cache_folder, download_limit, safe_name
@@ -55,6 +55,17 @@ class TinkerPath:
 
     def __str__(self) -> str:
         return f"tinker://{self.run}/{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A checkpoint to fetch from a service into an empty folder, at most so many bytes."""
+
+    place: TinkerPath
+    service: str
+    folder: Path
+    limit: int
+    on_download: OnDownload | None
 
 
 def is_tinker_path(text: str) -> bool:
@@ -90,7 +101,7 @@ def fetch_from_tinker(text: str, *, on_download: OnDownload | None = None, limit
         with _in_cache(copies, str(place)) as work:
             files = work / "files"
             files.mkdir()
-            _fetch(place, service, files, work / "archive", limit, on_download)
+            _fetch(_Order(place, service, files, limit, on_download))
             _adapter_folder(files, origin=str(place))
             copy = store_copy(copies, f"{service}\n{place}", files)
     folder = _adapter_folder(copy.folder, origin=str(place))
@@ -107,27 +118,23 @@ def fetch_from_tinker(text: str, *, on_download: OnDownload | None = None, limit
     )
 
 
-def _fetch(
-    place: TinkerPath, service: str, files: Path, archive: Path, limit: int, on_download: OnDownload | None
-) -> None:
-    """Put the checkpoint's files into an empty folder, whichever way this SDK has for this kind."""
-    tinker = _sdk()
+def _fetch(order: _Order) -> None:
+    """Put the checkpoint's files into the folder, whichever way this SDK has for this kind."""
+    tinker, place = require("tinker", "tinker"), order.place
     _check_key(place)
-    check_reachable(f"{service}/api/v1/healthz", origin=str(place))
+    check_reachable(f"{order.service}/api/v1/healthz", origin=str(place))
     with _sdk_errors(place):
-        rest = _rest_client(tinker)
-    signs_archives = hasattr(rest, "get_checkpoint_archive_url_from_tinker_path")
+        rest = _rest_client(tinker, order.service)
     if place.kind == EXTERNAL:
-        _fetch_external(rest, place, files, limit, on_download, sign=lambda: _signed(rest, place, str(place)))
-    elif signs_archives:
-        _tell(on_download, f"Waiting for the archive of {place.name}")
-        with _sdk_errors(place):
-            url = rest.get_checkpoint_archive_url_from_tinker_path(str(place)).result().url
-        download(url, archive, origin=str(place), limit=limit, on_bytes=_bytes(on_download, f"Fetching {place.name}"))
-        unpack(archive, files, origin=str(place), limit=limit)
-        archive.unlink()
+        if not hasattr(rest, "get_external_weights_urls"):
+            raise FetchError(
+                f"{place}: tinker {_version(tinker)} knows no external weights: pip install --upgrade tinker"
+            )
+        _fetch_external(order, lambda: _signed(rest, place, str(place)))
+    elif hasattr(rest, "get_checkpoint_archive_url_from_tinker_path"):
+        _fetch_archive(order, rest)
     elif place.kind == TRAINING:
-        _fetch_export(tinker, rest, place, files, limit, on_download)
+        _fetch_export(order, rest, tinker.ServiceClient)
     else:
         raise FetchError(
             f"{place}: sampler checkpoints can no longer be downloaded (tinker {_version(tinker)}); give the training "
@@ -136,14 +143,25 @@ def _fetch(
         )
 
 
-def _fetch_export(
-    tinker: Any, rest: Any, place: TinkerPath, files: Path, limit: int, on_download: OnDownload | None
-) -> None:
+def _fetch_archive(order: _Order, rest: Any) -> None:
+    """Let the service make an archive, fetch and unpack it."""
+    place, archive = order.place, order.folder.parent / "archive"
+    _tell(order, f"Waiting for the archive of {place.name}")
+    with _sdk_errors(place):
+        url = rest.get_checkpoint_archive_url_from_tinker_path(str(place)).result().url
+    on_bytes = _bytes(order, f"Fetching {place.name}")
+    download(url, archive, origin=str(place), limit=order.limit, on_bytes=on_bytes)
+    unpack(archive, order.folder, origin=str(place), limit=order.limit)
+    archive.unlink()
+
+
+def _fetch_export(order: _Order, rest: Any, connect: Callable[..., Any]) -> None:
     """Load a training checkpoint into a session of its own, export it from there, fetch that, and clear up."""
-    _tell(on_download, f"Tinker exports {place.name} (a short training session)")
+    place = order.place
+    _tell(order, f"Tinker exports {place.name} (a short training session)")
     status = "errored"
     with _sdk_errors(place):
-        client = tinker.ServiceClient(user_metadata={"created_by": "lora-squeeze"})
+        client = connect(base_url=order.service, user_metadata={"created_by": "lora-squeeze"})
     try:
         with _sdk_errors(place):
             session = client.create_training_client_from_state(str(place)).result()
@@ -155,7 +173,7 @@ def _fetch_export(
             return _signed(rest, place, export)
 
         try:
-            _fetch_external(rest, place, files, limit, on_download, sign=sign)
+            _fetch_external(order, sign)
         finally:  # what fails here ends by itself within the hour
             with suppress(FetchError), _sdk_errors(place):
                 rest.delete_checkpoint_from_tinker_path(export).result()
@@ -165,16 +183,9 @@ def _fetch_export(
             client.close(status).result()
 
 
-def _fetch_external(
-    rest: Any,
-    place: TinkerPath,
-    files: Path,
-    limit: int,
-    on_download: OnDownload | None,
-    *,
-    sign: Callable[[], dict[str, str]],
-) -> None:
+def _fetch_external(order: _Order, sign: Callable[[], dict[str, str]]) -> None:
     """Fetch the files of external weights one by one; each under an address that has just been signed."""
+    place = order.place
     names = sorted(sign())
     if not names:
         raise FetchError(f"{place}: this checkpoint holds no files")
@@ -182,17 +193,13 @@ def _fetch_external(
         raise FetchError(f"{place}: {encrypted[0]} is encrypted with age; decrypt the files and give their folder")
     total = 0
     for name in names:
-        target = files / safe_name(name, origin=str(place))
+        target = order.folder / safe_name(name, origin=str(place))
         target.parent.mkdir(parents=True, exist_ok=True)
         if name not in (addresses := sign()):
             raise FetchError(f"{place}: {name} was deleted while the checkpoint was being fetched")
+        on_bytes = _bytes(order, f"Fetching {name}")
         total += download(
-            addresses[name],
-            target,
-            origin=str(place),
-            limit=limit,
-            before=total,
-            on_bytes=_bytes(on_download, f"Fetching {name}"),
+            addresses[name], target, origin=str(place), limit=order.limit, before=total, on_bytes=on_bytes
         )
 
 
@@ -201,19 +208,14 @@ def _signed(rest: Any, place: TinkerPath, path: str) -> dict[str, str]:
         return dict(rest.get_external_weights_urls(path).result().urls)
 
 
-def _rest_client(tinker: Any) -> Any:
-    """A client that needs no session; older SDKs have it from a ServiceClient only."""
-    if "api_key" in inspect.signature(tinker.RestClient).parameters:
-        return tinker.RestClient()
-    return tinker.ServiceClient().create_rest_client()
+def _rest_client(tinker: Any, service: str) -> Any:
+    """A client that needs no session; older SDKs have it from a ServiceClient only.
 
-
-def _sdk() -> Any:
-    try:
-        import tinker
-    except ImportError as error:
-        raise MissingExtra("tinker", "tinker") from error
-    return tinker
+    The SDK keeps its connections by what it is given here, not by what the environment says meanwhile.
+    """
+    if hasattr(tinker, "RestClient"):
+        return tinker.RestClient(base_url=service, api_key=os.environ.get("TINKER_API_KEY") or None)
+    return tinker.ServiceClient(base_url=service).create_rest_client()
 
 
 def _version(tinker: Any) -> str:
@@ -262,13 +264,14 @@ def _without_secrets(text: str) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-def _bytes(on_download: OnDownload | None, what: str) -> Callable[[int, int], None] | None:
-    return None if on_download is None else lambda done, total: on_download(what, done, total)
+def _bytes(order: _Order, what: str) -> Callable[[int, int], None] | None:
+    report = order.on_download
+    return None if report is None else lambda done, total: report(what, done, total)
 
 
-def _tell(on_download: OnDownload | None, what: str) -> None:
-    if on_download is not None:
-        on_download(what, 0, 0)
+def _tell(order: _Order, what: str) -> None:
+    if order.on_download is not None:
+        order.on_download(what, 0, 0)
 
 
 @contextmanager

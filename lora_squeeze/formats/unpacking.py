@@ -111,6 +111,8 @@ def _members(archive: Path, *, origin: str) -> Iterator[_Member]:
         elif start.startswith(b"\x1f\x8b"):
             with gzip.open(file) as plain:
                 yield from _tar_members(plain)
+                if len(plain.read(_LARGEST_READ)) == _LARGEST_READ:  # up to its end, where gzip checks its sum
+                    raise tarfile.ReadError("something follows its end")
         elif start[257:262] == b"ustar" or _is_old_tar(start):
             yield from _tar_members(file)
         else:
@@ -172,9 +174,11 @@ class _Bounded(io.RawIOBase):
         self.last = b""
 
     def read(self, size: int = -1, /) -> bytes:
-        if not 0 <= size <= _LARGEST_READ:
+        if size > _LARGEST_READ:
             raise tarfile.ReadError(f"a header says that it is {size} bytes long")
-        self.last = self._file.read(size)
+        self.last = self._file.read(size if size >= 0 else _LARGEST_READ)
+        if size < 0 and len(self.last) == _LARGEST_READ:
+            raise zipfile.BadZipFile("its table of contents is too long")
         return self.last
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
