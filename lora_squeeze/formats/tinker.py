@@ -164,7 +164,8 @@ def _fetch_export(order: _Order, rest: Any, connect: Callable[..., Any]) -> None
         client = connect(base_url=order.service, user_metadata={"created_by": "lora-squeeze"})
     try:
         with _sdk_errors(place):
-            session = client.create_training_client_from_state(str(place)).result()
+            loading = client.create_training_client_from_state(str(place))
+            session = loading.result() if hasattr(loading, "result") else loading  # 0.36 waits by itself
             export = session.save_weights_external(_EXPORT, ttl_seconds=_EXPORT_SECONDS).result().path
 
         def sign() -> dict[str, str]:
