@@ -18,7 +18,7 @@ THREADS := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-lm test lint types bench clean
+.PHONY: help install demo demo-lm test fuzz lint types bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -33,6 +33,9 @@ demo-lm: $(VENV)/.demo-lm ## the same for a causal language model
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.dev ## attempt hostile files for a minute; ARGS="600" for ten
+	cd tests && ../$(BIN)/python fuzz.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .

@@ -23,6 +23,9 @@ from lora_squeeze.whitening import truncate_on_data
 
 __all__ = ["compress", "file_cost"]
 
+# Beyond the size of its matrix, a layer's rank costs r×r numbers and buys nothing: up to here it may.
+_LARGEST_IDLE_RANK = 2048
+
 
 def compress(
     source: Adapter | Decomposition,
@@ -75,6 +78,13 @@ def compress(
         for name, spec in adapter.layers.items()
         if ranks.by_layer[name] > 0
     }
+    for name, spec in layers.items():
+        sizes = spec.out_features, spec.in_features
+        if spec != adapter.layers[name] and spec.rank > max(*sizes, _LARGEST_IDLE_RANK):
+            raise RankError(
+                f"layer '{name}': a matrix of {sizes[0]} × {sizes[1]} can use a rank of {min(sizes)} at most, "
+                f"not {spec.rank}; choose a lower one"
+            )
     # The source's hash takes as long as a good part of the work, so it is taken meanwhile.
     hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
     sha256 = cache(lambda: hasher.submit(adapter.sha256))
@@ -89,8 +99,9 @@ def compress(
         unchanged = before == after
         layer = adapter.borrow(name) if borrow or not unchanged else adapter.load(name)
         found = source.basis(name) if isinstance(source, Decomposition) else decomposed(layer)
+        spectrum = spectrum_of(before, layer, found)
         result = Truncation(layer, 0.0) if unchanged else _truncated(layer, found, after, cut, borrow=borrow)
-        errors[name] = SqueezedLayer(spectrum_of(before, layer, found), after.rank, result.relative_error)
+        errors[name] = SqueezedLayer(spectrum, after.rank, result.relative_error)
         if on_layer is not None:
             on_layer(errors[name])
         return result.layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -12,7 +13,7 @@ from typing import IO
 import torch
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
-from lora_squeeze.errors import OutputError
+from lora_squeeze.errors import AdapterError, OutputError
 from lora_squeeze.formats.tensors import memory_of
 from lora_squeeze.moments import Moments, check_moments
 from lora_squeeze.parallel import ordered_map
@@ -98,14 +99,20 @@ def _notes(moments: Moments) -> Iterator[str]:
 
 
 def spectrum_of(spec: LayerSpec, layer: LoraLayer, found: Basis) -> Spectrum:
-    """The record of one decomposed layer."""
-    return Spectrum(
+    """The record of one decomposed layer. Raises AdapterError if no number can hold its energy."""
+    spectrum = Spectrum(
         name=spec.name,
         out_features=spec.out_features,
         in_features=spec.in_features,
         rank=spec.rank,
         singular_values=singular_values(layer, found),
     )
+    if not math.isfinite(spectrum.energy):
+        raise AdapterError(
+            f"layer '{spec.name}': with its scale of {spec.scale:g}, the update is too large for any number; "
+            "is its alpha damaged?"
+        )
+    return spectrum
 
 
 class _Spool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_squeeze.adapter import Adapter, LayerSpec
+from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.version import __version__
 
@@ -73,7 +74,7 @@ class Provenance:
     def from_json(cls, text: str) -> Provenance:
         """Read what `to_json` wrote. Raises ValueError if it is something else."""
         try:
-            fields: dict[str, Any] = json.loads(text)
+            fields: dict[str, Any] = parse_json(text)
             error = fields["relative_error"]
             found = cls(
                 policy=str(fields["policy"]),
@@ -88,7 +89,7 @@ class Provenance:
             )
         except KeyError as error:
             raise ValueError(f"{error} is missing") from error
-        except (TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except (TypeError, AttributeError) as error:
             raise ValueError(str(error)) from error
         return found
 

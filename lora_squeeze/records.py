@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import RankError
 
 __all__ = [
@@ -354,7 +355,7 @@ def _to_json(record: Any, **derived: Any) -> str:
 
 def _from_json(text: str, kind: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
     except ValueError as error:
         raise RankError(f"not valid JSON: {error}") from error
     if not isinstance(fields, dict) or fields.pop("record", None) != kind:

@@ -6,19 +6,14 @@ additions. `[model] lora_rank` stands in for `source_rank` where that is 0.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lora_squeeze.documents import parse_toml, read_text
 from lora_squeeze.errors import SettingsError
 from lora_squeeze.limits import Limits
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 __all__ = ["ModelSettings", "Settings", "SqueezeSettings", "read_settings"]
 
@@ -94,12 +89,12 @@ CHOICES = {
 def read_settings(path: Path) -> Settings:
     """Read a TOML file. Raises SettingsError for anything unknown, mistyped or missing."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = parse_toml(read_text(path))
     except FileNotFoundError as error:
         raise SettingsError(f"{path}: no such file") from error
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise SettingsError(f"{path}: not valid TOML: {error}") from error
     settings: Settings = _build(Settings, document, f"{path}: ")
     if not settings.squeeze.adapter_path:

@@ -192,6 +192,8 @@ class _NotFinite(ArithmeticError):
 
 
 def _gram(up: Tensor, down: Tensor) -> Basis:
+    if up.shape[1] > max(up.shape[0], down.shape[1]):
+        return _qr(up, down)  # r×r moments would be larger than the factors
     moment_up, moment_down = _second_moment(up), _second_moment(down.T)
     up_norms, down_norms = moment_up.diagonal().sqrt(), moment_down.diagonal().sqrt()
     if not math.isfinite(float(up_norms.norm())):

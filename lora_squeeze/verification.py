@@ -12,13 +12,14 @@ import torch
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough
 from lora_squeeze.conversion import convert
+from lora_squeeze.decomposition import spectrum_of
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.peft_config import config_for
 from lora_squeeze.formats.tensors import read_safetensors
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.provenance import Provenance, provenance_of
-from lora_squeeze.records import Check, Compression, Spectrum, SqueezedLayer, Verification
+from lora_squeeze.records import Check, Compression, SqueezedLayer, Verification
 from lora_squeeze.spectrum import basis, singular_values
 
 __all__ = ["verify"]
@@ -197,13 +198,7 @@ def _loss(original: Adapter, written: Adapter, *, policy: str, on_layer: Callabl
 def _layer_loss(original: Adapter, written: Adapter, name: str) -> SqueezedLayer:
     """ΔW − ΔW' has the factors of both stacked, so its norm needs neither of the two updates."""
     before, spec = original.load(name), original.layers[name]
-    spectrum = Spectrum(
-        name=name,
-        out_features=spec.out_features,
-        in_features=spec.in_features,
-        rank=spec.rank,
-        singular_values=singular_values(before, basis(before)),
-    )
+    spectrum = spectrum_of(spec, before, basis(before))
     if name not in written.layers:
         return SqueezedLayer(spectrum, 0, 1.0 if spectrum.energy > 0 else 0.0)
     after = written.load(name)

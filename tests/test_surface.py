@@ -34,6 +34,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 # Imports point one way: every module may import only what stands before it.
 ORDER = [
     "errors",
+    "documents",
     "version",
     "extras",
     "sizes",
@@ -126,7 +127,7 @@ ORDER = [
     "cli",
 ]
 WITHOUT_TORCH = re.compile(
-    r"errors|version|sizes|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.(schedule|targets)|summary|report.*|cli.*|"
+    r"errors|annealing\.schedule|documents|version|sizes|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.(schedule|targets)|summary|report.*|cli.*|"
 )
 
 

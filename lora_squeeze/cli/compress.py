@@ -140,12 +140,13 @@ def _fixed(adapter: Adapter, rank: int) -> Ranks:
 
 
 def _read_plan(file: Path) -> Ranks:
+    from lora_squeeze.documents import read_text
     from lora_squeeze.errors import RankError
     from lora_squeeze.records import Ranks
 
     try:
-        return Ranks.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return Ranks.from_json(read_text(file))
+    except (OSError, ValueError) as error:
         raise RankError(f"{file}: cannot be read: {error}") from error
     except RankError as error:
         raise RankError(f"{file}: {error}") from error

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.adapter import Adapter, LayerSpec
+from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats.pairs import (
     Factors,
@@ -91,7 +92,7 @@ def _read_config(file: SafetensorsFile) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except ValueError as error:
         raise AdapterError(f"{file.path}: '{CONFIG_KEY}' in the header is not valid JSON: {error}") from error
     if not isinstance(config, dict):

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_squeeze.adapter import Adapter, LayerSpec
+from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats.pairs import (
     Factors,
@@ -163,7 +164,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 
 def _network_arguments(metadata: Mapping[str, str]) -> dict[str, object]:
     try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+        arguments = parse_json(metadata.get("ss_network_args", "{}"))
     except ValueError:
         return {}
     return arguments if isinstance(arguments, dict) else {}

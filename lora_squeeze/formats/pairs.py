@@ -30,6 +30,9 @@ Factors = dict[str, dict[str, str]]
 
 _ALPHA_DTYPES = {**DTYPES, "I64": torch.int64, "I32": torch.int32}
 
+# Of a convolution in CP form, which grows by this factor when it is folded; 16 × 16 is larger than any in use.
+_LARGEST_KERNEL = 1024
+
 # A piece of a tensor's key → the method it belongs to. Their updates are no product of two factors.
 _OTHER_METHODS = {
     ".hada_": "LoHa",
@@ -96,6 +99,11 @@ def read_pair(file: SafetensorsFile, name: str, down_key: str, up_key: str, *, m
         shapes = f"{list(down.shape)} of '{down_key}' and {list(up.shape)} of '{up_key}'"
         through = f" through {list(middle.shape)} of '{middle_key}'" if middle else ""
         raise AdapterError(f"{file.path}: the shapes {shapes} do not fit together{through}")
+    if middle is not None and math.prod(kernel) > _LARGEST_KERNEL:
+        raise AdapterError(
+            f"{file.path}: '{middle_key}' has a kernel of {math.prod(kernel)} numbers; folded into '{down_key}', "
+            "they would take far more memory than the file"
+        )
     return LayerSpec(
         name=name,
         out_features=up.shape[0],

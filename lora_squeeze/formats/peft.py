@@ -55,7 +55,7 @@ def open_peft(path: Path) -> Adapter:
     if not found:
         raise AdapterError(f"{tensors.path}: every layer has been pruned to rank 0; nothing is left to squeeze")
     load, borrow = readers(found, tensors)
-    files, left_behind = _other_files(path)
+    files, left_behind, foreign = _other_files(path)
     return Adapter(
         source=str(path),
         format="peft",
@@ -69,7 +69,7 @@ def open_peft(path: Path) -> Adapter:
         weights=tensors.path,
         sha256=cache(tensors.sha256),
         left_out=left_out,
-        notes=tuple(_notes(config, tensors.path, keys, left_behind)),
+        notes=tuple(_notes(config, tensors.path, keys, left_behind, foreign)),
     )
 
 
@@ -109,25 +109,51 @@ def _pass_through(key: str, stored: str, tensors: SafetensorsFile | PickledFile)
     return PassThrough(key, spec.dtype, spec.shape, spec.nbytes, lambda: tensors.chunks(stored))
 
 
-def _other_files(path: Path) -> tuple[dict[str, Path], list[str]]:
-    """Files to carry over (relative path → file), and the names of what stays behind."""
+def _other_files(path: Path) -> tuple[dict[str, Path], list[str], list[str]]:
+    """Files to carry over (relative path → file), and the names of what stays behind: training state, foreign links.
+
+    A link may lead into the folder itself or, as in the Hub's cache, into a folder of blobs beside it.
+    Whatever else it leads to is no part of the adapter, and perhaps nothing that should be given away.
+    """
     files: dict[str, Path] = {}
     left_behind: list[str] = []
+    foreign: list[str] = []
+    home = path.resolve()
+    allowed = (home, *(folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots"))
     for entry in sorted(path.iterdir()):
         if entry.name in (CONFIG, WEIGHTS, PICKLED_WEIGHTS):
             continue
         if belongs_to_training(entry.name):
             left_behind.append(entry.name)
+        elif not _lies_in(entry, allowed):
+            foreign.append(entry.name)
         elif entry.is_dir():
-            files.update((str(file.relative_to(path)), file) for file in sorted(entry.rglob("*")) if file.is_file())
+            for file in sorted(entry.rglob("*")):
+                if not _lies_in(file, allowed):
+                    foreign.append(str(file.relative_to(path)))
+                elif file.is_file():
+                    files[str(file.relative_to(path))] = file
         elif entry.is_file():
             files[entry.name] = entry
-    return files, left_behind
+    return files, left_behind, foreign
 
 
-def _notes(config: Mapping[str, Any], weights: Path, keys: Keys, left_behind: list[str]) -> Iterator[str]:
+def _lies_in(file: Path, folders: tuple[Path, ...]) -> bool:
+    """Whether a file, or what a link leads to, lies in one of these folders."""
+    try:
+        place = file.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+    return any(folder in place.parents for folder in folders)
+
+
+def _notes(
+    config: Mapping[str, Any], weights: Path, keys: Keys, left_behind: list[str], foreign: list[str]
+) -> Iterator[str]:
     if weights.name == PICKLED_WEIGHTS:
         yield f"{PICKLED_WEIGHTS} is written as {WEIGHTS}"
+    if foreign:
+        yield f"not carried over, as these links lead out of the folder: {', '.join(foreign)}"
     if left_behind:
         yield f"not carried over, as it belongs to the source's training: {', '.join(left_behind)}"
     if keys.adapter_name:

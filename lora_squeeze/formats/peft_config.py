@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.adapter import Adapter, whole
+from lora_squeeze.documents import parse_json, read_text
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 
 __all__ = [
@@ -35,6 +36,9 @@ WEIGHTS = "adapter_model.safetensors"
 # Initialisations that change the base weights: the update is relative to a base nobody has.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# Fields that name modules or parameters: a list of names, or an expression.
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+
 # Fields that change what the two factors mean.
 _NOT_PLAIN = {
     "kasa_config": "KaSA puts a trained diagonal between the factors and truncates the base weights",
@@ -52,7 +56,7 @@ _CONVERTIBLE = {
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration's fields. Raises AdapterError, or UnsupportedAdapter for what is not plain LoRA."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_text(path))
     except FileNotFoundError as error:
         raise AdapterError(f"{path}: no such file; a PEFT adapter is a folder with {CONFIG} and {WEIGHTS}") from error
     except OSError as error:
@@ -61,14 +65,30 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: not valid JSON ({error}); save the adapter again") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: expected a JSON object with the fields of a LoraConfig")
+    _check_types(config, path)
     refuse_what_is_not_plain_lora(config, path)
     return config
+
+
+def _check_types(config: Mapping[str, Any], path: Path) -> None:
+    """Raise AdapterError if a field that is read here holds what PEFT would choke on, too."""
+    if not isinstance(config.get("bias", ""), str | None):
+        raise AdapterError(f"{path}: 'bias' must be a text, not {json.dumps(config['bias'])}")
+    for field in _NAMES:
+        value = config.get(field)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise AdapterError(f"{path}: '{field}' is not a regular expression: {error}") from error
+        elif value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            raise AdapterError(f"{path}: '{field}' must be a list of names, or a regular expression")
 
 
 def refuse_what_is_not_plain_lora(config: Mapping[str, Any], path: Path | str) -> None:
     """Raise UnsupportedAdapter, naming `path`, where the two factors are no update of the published model."""
     method = config.get("peft_type", "LORA")
-    if method in _CONVERTIBLE:
+    if isinstance(method, str) and method in _CONVERTIBLE:
         raise UnsupportedAdapter(
             f"{path}: peft_type is {method}, which is not LoRA: its update has no two factors to squeeze; load it with "
             "PEFT, turn it into LoRA with peft.save_as_lora(folder, model, rank=…), and squeeze the result"
@@ -131,7 +151,7 @@ def _patterns(
         value = number(patterns, key, path, whole=whole)
         try:
             compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise AdapterError(f"{path}: '{field}' key '{key}' is not a regular expression: {error}") from error
     return compiled
 

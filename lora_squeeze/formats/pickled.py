@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ _SPELLINGS = {
 }
 
 
+def _refuse_bombs(path: Path, size: int) -> None:
+    """torch.save compresses nothing, so the parts of its archive are no larger than the file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > size:
+            raise ValueError(f"its parts would unpack to {unpacked:,} bytes, and torch.save does not compress")
+
+
 class PickledFile:
     """A torch.save file, memory-mapped and unpickled with weights_only=True: no code is run."""
 
@@ -38,6 +48,8 @@ class PickledFile:
         self.path = path
         self.metadata: Mapping[str, str] = {}
         try:
+            size = path.stat().st_size
+            _refuse_bombs(path, size)
             state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch.load raises half a dozen types for a damaged file
             raise AdapterError(f"{path}: cannot be read as a plain state dict: {error}") from error
@@ -46,6 +58,9 @@ class PickledFile:
         for key, value in state.items():
             if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
                 raise AdapterError(f"{path}: '{key}' is no dense tensor; save a plain state dict")
+            nbytes = value.numel() * value.element_size()
+            if value.device.type != "cpu" or nbytes > size:
+                raise AdapterError(f"{path}: '{key}' claims {nbytes:,} bytes, which the file does not hold")
             if value.dtype not in _SPELLINGS:
                 raise AdapterError(f"{path}: '{key}' has dtype {value.dtype}, which safetensors cannot hold")
         self._state: dict[str, torch.Tensor] = state

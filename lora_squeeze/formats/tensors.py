@@ -25,6 +25,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError, OutputError
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.scratch import scratch
@@ -153,7 +154,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
             with safe_open(path, framework="numpy"):
                 pass
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_json(file.read(length))
     except SafetensorError as error:
         raise AdapterError(f"{path}: not a sound safetensors file ({error}); fetch or save it again") from error
     except FileNotFoundError as error:
