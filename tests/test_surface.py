@@ -100,6 +100,7 @@ ORDER = [
     "annealing.rates",
     "annealing.loading",
     "annealing.squeezer",
+    "annealing.callback",
     "evaluation",
     "evaluation.rows",
     "evaluation.subject",

@@ -10,6 +10,7 @@ learning-rate schedulers and gradient scalers go on pointing at the right ones.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -198,6 +199,10 @@ def _refill(parameter: nn.Parameter, tensor: Tensor) -> None:
 def record_ranks(model: nn.Module, adapter_name: str) -> None:
     """Write the ranks and scales of the modules into the adapter's configuration."""
     config = adapter_config(model, adapter_name)
+    configs: dict[str, Any] = unwrapped(model).peft_config  # pyright: ignore[reportAssignmentType]
+    if any(other is config for name, other in configs.items() if name != adapter_name):
+        # TRL gives the frozen copy of an adapter ("ref") the very same configuration.
+        config = configs[adapter_name] = copy.copy(config)
     # Only what follows from ranks and scales: the tensors beside them do not matter here.
     found = sites(model, adapter_name)
     layers = {spec.name: spec for site in found.values() for spec in site.specs()}

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.annealing import eightbit
 from lora_squeeze.annealing.change import Change, change_to, decomposed
-from lora_squeeze.annealing.live import Site, adapter_config, live_adapter, place, record_ranks, sites
+from lora_squeeze.annealing.live import Site, live_adapter, place, record_ranks, sites, unwrapped
 from lora_squeeze.annealing.replicas import agreed, check_processes, on_device, rebuild_reducers
 from lora_squeeze.annealing.transport import Carry, carried, check_optimizer, innermost
 from lora_squeeze.errors import RankError
@@ -209,8 +209,8 @@ def _commit(
     """Exchange everything; put everything back if that fails."""
     before = [_as_it_is(exchange.site) for exchange in exchanges]
     old_states = [{p: optimizer.state.get(p, {}) for p in new} for optimizer, new in states]
-    config = adapter_config(model, adapter_name)
-    old_config = dict(vars(config))
+    configs: dict[str, Any] = unwrapped(model).peft_config  # pyright: ignore[reportAssignmentType]
+    config, old_config = configs[adapter_name], dict(vars(configs[adapter_name]))
     try:
         for exchange in exchanges:
             _put(exchange)
@@ -222,6 +222,7 @@ def _commit(
             _put(exchange)
         for (optimizer, _), old in zip(states, old_states, strict=True):
             _put_states(optimizer, old)
+        configs[adapter_name] = config
         vars(config).update(old_config)
         raise
     for (optimizer, _), old in zip(states, old_states, strict=True):
