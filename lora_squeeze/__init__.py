@@ -24,6 +24,9 @@ from lora_squeeze.version import __version__
 if TYPE_CHECKING:
     from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
     from lora_squeeze.analysis import analyze
+    from lora_squeeze.annealing.callback import SqueezeCallback
+    from lora_squeeze.annealing.schedule import Schedule
+    from lora_squeeze.annealing.squeezer import Squeezer
     from lora_squeeze.compression import compress
     from lora_squeeze.decomposition import Decomposition, decompose
     from lora_squeeze.errors import LoraSqueezeError
@@ -43,7 +46,10 @@ __all__ = [
     "LoraLayer",
     "LoraSqueezeError",
     "Ranks",
+    "Schedule",
     "Spectrum",
+    "SqueezeCallback",
+    "Squeezer",
     "Verification",
     "__version__",
     "analyze",
@@ -62,6 +68,9 @@ __all__ = [
 _HOMES = {
     "adapter": ("Adapter", "LayerSpec", "LoraLayer"),
     "analysis": ("analyze",),
+    "annealing.callback": ("SqueezeCallback",),
+    "annealing.schedule": ("Schedule",),
+    "annealing.squeezer": ("Squeezer",),
     "compression": ("compress",),
     "decomposition": ("Decomposition", "decompose"),
     "errors": ("LoraSqueezeError",),
