@@ -124,13 +124,7 @@ def stable_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limi
 def effective_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer ⌈times · exp(H(p))⌉, p = σ/Σσ, H the entropy: the effective rank (Roy & Vetterli, 2007)."""
     _check_positive("effective-rank", times)
-
-    def rank(spectrum: Spectrum) -> int:
-        total = sum(spectrum.singular_values)
-        shares = [value / total for value in spectrum.singular_values if value > 0]
-        return _ceil(times * math.exp(-sum(share * math.log(share) for share in shares)))
-
-    return _per_layer(f"effective-rank={_spell(times)}", spectra, rank, limits)
+    return _per_layer(f"effective-rank={_spell(times)}", spectra, lambda s: _ceil(times * s.effective_rank), limits)
 
 
 def optimal_threshold(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:

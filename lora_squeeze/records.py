@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ __all__ = [
     "Ranks",
     "Spectrum",
     "SqueezedLayer",
+    "Verdict",
     "Verification",
     "error_over_all",
     "outcomes_to_json",
@@ -57,6 +59,15 @@ class Spectrum:
     def energy(self) -> float:
         """‖ΔW‖_F² = Σ σ_i²; exactly 0.0 for a layer that does nothing."""
         return self.cumulative_energy[-1]
+
+    @cached_property
+    def effective_rank(self) -> float:
+        """exp(H(p)), p = σ/Σσ, H the entropy (Roy & Vetterli, 2007); 0.0 for a layer that does nothing."""
+        total = sum(self.singular_values)
+        if not total > 0:
+            return 0.0
+        shares = [value / total for value in self.singular_values if value > 0]
+        return math.exp(-sum(share * math.log(share) for share in shares))
 
     @property
     def component_size(self) -> int:
@@ -327,6 +338,26 @@ def error_over_all(layers: Iterable[SqueezedLayer]) -> float:
     energy = sum(layer.spectrum.energy for layer in layers)
     lost = sum(layer.spectrum.energy * layer.relative_error**2 for layer in layers)
     return (lost / energy) ** 0.5 if energy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a runtime would load what a plan of ranks makes, and what that takes.
+
+    loads
+        "as it is"; "fitted": with `needs`; "no": see `reasons`.
+    needs
+        what has to be said to lora-squeeze or to the server, as "--for sglang".
+    padded_to
+        the rank that all layers have in that runtime's file; 0 if they keep their own. Padding with
+        zeros makes the file as large as that rank for all layers would.
+    """
+
+    runtime: str
+    loads: str
+    needs: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    padded_to: int = 0
 
 
 def outcomes_to_json(outcomes: Iterable[Outcome]) -> str:

@@ -39,6 +39,21 @@ class Summary:
         """All fields."""
         return json.dumps({"record": "Summary", **dataclasses.asdict(self)}, indent=1, ensure_ascii=False)
 
+    @classmethod
+    def from_json(cls, text: str) -> Summary:
+        """Read what `to_json` wrote. Raises ValueError or TypeError if the text is something else."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or fields.pop("record", None) != "Summary":
+            raise ValueError("not a Summary record")
+        found = cls(**fields)
+        return dataclasses.replace(
+            found,
+            ranks={int(rank): count for rank, count in found.ranks.items()},
+            scales={float(scale): count for scale, count in found.scales.items()},
+            passes_through={key: tuple(shape) for key, shape in found.passes_through.items()},
+            notes=tuple(found.notes),
+        )
+
 
 def show(adapter: Adapter) -> Summary:
     """Say what an adapter is: format, base model, layers by kind, ranks, scales, dtypes, bytes."""

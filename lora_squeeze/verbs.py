@@ -13,6 +13,7 @@ from lora_squeeze.analysis import analyze
 from lora_squeeze.comparison import outcome_of
 from lora_squeeze.compression import compress, file_cost
 from lora_squeeze.decomposition import Decomposition, decompose
+from lora_squeeze.exploration import Exploration, explore
 from lora_squeeze.formats import as_written, open_adapter, save_adapter, weights_size
 from lora_squeeze.formats.dora import FITTED_NOTE, KEPT_NOTE, magnitudes_of
 from lora_squeeze.limits import NO_LIMITS, Limits
@@ -20,8 +21,18 @@ from lora_squeeze.magnitudes import fit_magnitudes
 from lora_squeeze.policies import By, Policy, fixed, params, parse_policy
 from lora_squeeze.records import Analysis, Compression, DoraErrors, Outcome, Ranks, Spectrum, SqueezedLayer
 from lora_squeeze.serving import caveats, fit, limits_for, needs_one_alpha, refuse_unloadable, rules_of
+from lora_squeeze.summary import show
+from lora_squeeze.verdicts import remembering_judge
 
-__all__ = ["analyze_adapter", "choose_ranks", "compress_adapter", "full_rank", "outcome", "squeeze"]
+__all__ = [
+    "analyze_adapter",
+    "choose_ranks",
+    "compress_adapter",
+    "explore_adapter",
+    "full_rank",
+    "outcome",
+    "squeeze",
+]
 
 
 def analyze_adapter(
@@ -141,8 +152,56 @@ def full_rank(adapter: Adapter) -> Ranks:
 def outcome(decomposition: Decomposition, ranks: Ranks, *, dtype: str | None = None, runtime: str = "") -> Outcome:
     """What a plan would keep and cost; nothing is computed for it but numbers."""
     cost = file_cost(decomposition.adapter, dtype=dtype, runtime=runtime)
-    written = fit(compress(decomposition, ranks, dtype=dtype), runtime)
-    return replace(outcome_of(decomposition.spectra, ranks, cost=cost), parameters=written.parameters)
+    found = outcome_of(decomposition.spectra, ranks, cost=cost)
+    if rules_of(runtime).mixed_ranks:
+        return found
+    return replace(found, parameters=fit(compress(decomposition, ranks, dtype=dtype), runtime).parameters)
+
+
+def explore_adapter(
+    decomposition: Decomposition,
+    policies: Sequence[str] = ("variance=0.95",),
+    *,
+    by: By = "mean",
+    limits: Limits = NO_LIMITS,
+    dtype: str | None = None,
+    runtime: str = "",
+    max_lora_rank: int | None = None,
+    options: Iterable[str] = (),
+    on_policy: Callable[[str], None] | None = None,
+) -> Exploration:
+    """Every policy over a grid of its values: ranks, sizes, energy kept and the runtimes that load them.
+
+    policies
+        spellings that have to be among the settings, and the first is to be looked at first;
+        default: what `compress` takes.
+    by, limits, dtype, runtime, max_lora_rank
+        hold for all settings; see `choose_ranks`.
+    options
+        the same as the command line spells it, for commands that repeat a setting.
+
+    Raises RankError for policies or limits that are impossible.
+    """
+    adapter = decomposition.adapter
+    found_by: dict[str, Any] = {"limits": limits, "dtype": dtype, "runtime": runtime, "max_lora_rank": max_lora_rank}
+    analysis = analyze(decomposition.spectra, source=adapter.source, by=by, notes=adapter.notes)
+    settings = explore(
+        analysis,
+        choose=lambda spelling: choose_ranks(decomposition, spelling, by=by, **found_by),
+        measure=partial(outcome, decomposition, dtype=dtype, runtime=runtime),
+        judge=remembering_judge(adapter, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank),
+        largest_file=weights_size(adapter),
+        also=policies,
+        on_policy=on_policy,
+    )
+    return Exploration(
+        analysis=analysis,
+        settings=settings,
+        first=policies[0],
+        summary=show(adapter),
+        source_sha256=adapter.sha256(),
+        options=tuple(options),
+    )
 
 
 def squeeze(

@@ -48,6 +48,8 @@ ORDER = [
     "policies",
     "analysis",
     "comparison",
+    "summary",
+    "exploration",
     "spectrum",
     "formats.tensors",
     "formats.beside",
@@ -71,7 +73,6 @@ ORDER = [
     "formats.tinker",
     "formats",
     "conversion",
-    "summary",
     "merging",
     "serving",
     "moments",
@@ -79,6 +80,7 @@ ORDER = [
     "decomposition",
     "compression",
     "magnitudes",
+    "verdicts",
     "verbs",
     "verification",
     "data.examples",
@@ -108,6 +110,8 @@ ORDER = [
     "report",
     "report.table",
     "report.quality",
+    "report.arrangement",
+    "report.html",
     "",  # the façade
     "cli.options",
     "cli.output",
@@ -124,11 +128,12 @@ ORDER = [
     "cli.convert",
     "cli.show",
     "cli.verify",
+    "cli.report",
     "cli.run",
     "cli",
 ]
 WITHOUT_TORCH = re.compile(
-    r"errors|annealing\.schedule|documents|version|sizes|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.(schedule|targets)|summary|report.*|cli.*|"
+    r"errors|annealing\.schedule|documents|version|sizes|extras|data.*|models|encoding|records|adapter|provenance|limits|budget|policies|analysis|comparison|settings|annealing|annealing\.(schedule|targets)|summary|report.*|cli.*|exploration|"
 )
 
 

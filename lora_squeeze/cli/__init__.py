@@ -20,6 +20,7 @@ from lora_squeeze.cli.convert import convert_command
 from lora_squeeze.cli.merge import merge_command
 from lora_squeeze.cli.output import printable
 from lora_squeeze.cli.plan import plan_command
+from lora_squeeze.cli.report import report_command
 from lora_squeeze.cli.run import run_command
 from lora_squeeze.cli.show import show_command
 from lora_squeeze.cli.verify import verify_command
@@ -90,6 +91,7 @@ for command in (
     plan_command,
     compress_command,
     compare_command,
+    report_command,
     check_command,
     convert_command,
     verify_command,

@@ -21,6 +21,7 @@ __all__ = [
     "parse_ranks",
     "rank_options",
     "runtime_options",
+    "spelled",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -33,6 +34,24 @@ class RankOptions:
     policies: tuple[str, ...]
     by: Any
     limits: Limits
+
+
+def spelled(options: RankOptions, *, dtype: str | None, runtime: str, max_lora_rank: int | None) -> tuple[str, ...]:
+    """All of these but the policies, as the command line takes them again."""
+    limits = options.limits
+    values: dict[str, object] = {
+        "--by": options.by if options.by != "mean" else None,
+        "--min-rank": limits.min_rank,
+        "--max-rank": limits.max_rank,
+        "--multiple-of": limits.multiple_of if limits.multiple_of != 1 else None,
+        "--steps": ",".join(map(str, limits.steps)) or None,
+        "--dtype": dtype.lower() if dtype else None,
+        "--for": runtime or None,
+        "--max-lora-rank": max_lora_rank,
+    }
+    once = [part for option, value in values.items() if value is not None for part in (option, str(value))]
+    fixed = [part for pattern, rank in limits.rank_for for part in ("--rank-for", f"{pattern}={rank}")]
+    return (*once, *fixed, *(part for group in limits.equal for part in ("--equal", group)))
 
 
 def parse_ranks(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:

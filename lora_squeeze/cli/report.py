@@ -1,0 +1,127 @@
+"""lora-squeeze report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_squeeze.cli.options import (
+    RankOptions,
+    compute_options,
+    dtype_option,
+    rank_options,
+    runtime_options,
+    spelled,
+)
+from lora_squeeze.cli.output import progress
+from lora_squeeze.errors import OutputError, RankError
+
+if TYPE_CHECKING:
+    from lora_squeeze.exploration import Exploration
+
+__all__ = ["report_command"]
+
+
+@click.command("report")
+@click.argument("path")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the page to this .html file.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@dtype_option
+@runtime_options()
+@rank_options
+@compute_options
+def report_command(
+    path: str,
+    output: Path,
+    overwrite: bool,
+    dtype: str | None,
+    runtime: str,
+    max_lora_rank: int | None,
+    rank_options: RankOptions,
+    method: str,
+    device: str,
+) -> None:
+    """Make a page to look at PATH: an adapter, or the JSON of analyze --json.
+
+    The page is one file that opens in a browser and needs no network.
+    """
+    if max_lora_rank is not None and runtime in ("", "peft"):
+        raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+    options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank)
+    _check_page(output, overwrite=overwrite)
+    if path.endswith(".json") and Path(path).is_file():
+        exploration = _from_record(Path(path), rank_options, options)
+    else:
+        exploration = _from_adapter(path, rank_options, options, dtype, runtime, max_lora_rank, method, device)
+    _write_page(exploration, output, overwrite=overwrite)
+
+
+def _check_page(output: Path, *, overwrite: bool) -> None:
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{output}: a report is an HTML page; its name must end in .html: {output}.html")
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder, and a report is one file; try {output / 'report.html'}")
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
+
+
+def _write_page(exploration: Exploration, output: Path, *, overwrite: bool) -> None:
+    from lora_squeeze.formats.folder import new_file
+    from lora_squeeze.report.html import report_page
+    from lora_squeeze.report.table import bytes_text
+
+    page = report_page(exploration).encode()
+    with new_file(output, overwrite=overwrite) as file:
+        file.write_bytes(page)
+    click.echo(f"{output}: {len(exploration.settings)} settings of all policies, {bytes_text(len(page))}")
+
+
+def _from_record(path: Path, rank_options: RankOptions, options: tuple[str, ...]) -> Exploration:
+    from lora_squeeze.exploration import explore_analysis
+    from lora_squeeze.policies import POLICIES
+    from lora_squeeze.records import Analysis
+
+    try:
+        analysis = Analysis.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RankError(f"{path}: cannot be read: {error}") from error
+    except RankError as error:
+        raise RankError(f"{path}: {error}; give an adapter or what analyze --json printed") from error
+    policies = rank_options.policies or (f"variance={analysis.min_variance_retention:g}",)
+    with progress("Trying policies", len(POLICIES)) as advance:
+        return explore_analysis(
+            analysis, policies, by=rank_options.by, limits=rank_options.limits, options=options, on_policy=advance
+        )
+
+
+def _from_adapter(
+    path: str,
+    rank_options: RankOptions,
+    options: tuple[str, ...],
+    dtype: str | None,
+    runtime: str,
+    max_lora_rank: int | None,
+    method: str,
+    device: str,
+) -> Exploration:
+    from lora_squeeze import decompose, open_adapter
+    from lora_squeeze.policies import POLICIES
+    from lora_squeeze.verbs import explore_adapter
+
+    adapter = open_adapter(path)
+    with progress("Analyzing", len(adapter.layers)) as advance:
+        decomposition = decompose(adapter, method=method, device=device, on_layer=advance)
+    with progress("Trying policies", len(POLICIES)) as advance:
+        return explore_adapter(
+            decomposition,
+            rank_options.policies or ("variance=0.95",),
+            by=rank_options.by,
+            limits=rank_options.limits,
+            dtype=dtype,
+            runtime=runtime,
+            max_lora_rank=max_lora_rank,
+            options=options,
+            on_policy=advance,
+        )
