@@ -36,7 +36,9 @@ class RankOptions:
     limits: Limits
 
 
-def spelled(options: RankOptions, *, dtype: str | None, runtime: str, max_lora_rank: int | None) -> tuple[str, ...]:
+def spelled(
+    options: RankOptions, *, dtype: str | None, runtime: str, max_lora_rank: int | None, calibration: Path | None
+) -> tuple[str, ...]:
     """All of these but the policies, as the command line takes them again."""
     limits = options.limits
     values: dict[str, object] = {
@@ -48,6 +50,7 @@ def spelled(options: RankOptions, *, dtype: str | None, runtime: str, max_lora_r
         "--dtype": dtype.lower() if dtype else None,
         "--for": runtime or None,
         "--max-lora-rank": max_lora_rank,
+        "--calibration": calibration,
     }
     once = [part for option, value in values.items() if value is not None for part in (option, str(value))]
     fixed = [part for pattern, rank in limits.rank_for for part in ("--rank-for", f"{pattern}={rank}")]

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.options import (
     RankOptions,
+    calibration_option,
     compute_options,
     dtype_option,
     rank_options,
@@ -16,6 +18,7 @@ from lora_squeeze.cli.options import (
     spelled,
 )
 from lora_squeeze.cli.output import progress
+from lora_squeeze.cli.source import open_source
 from lora_squeeze.errors import OutputError, RankError
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ __all__ = ["report_command"]
 @dtype_option
 @runtime_options()
 @rank_options
+@calibration_option
 @compute_options
 def report_command(
     path: str,
@@ -40,6 +44,7 @@ def report_command(
     runtime: str,
     max_lora_rank: int | None,
     rank_options: RankOptions,
+    calibration: Path | None,
     method: str,
     device: str,
 ) -> None:
@@ -47,14 +52,29 @@ def report_command(
 
     The page is one file that opens in a browser and needs no network.
     """
+    from lora_squeeze.policies import POLICIES
+    from lora_squeeze.verbs import explore_adapter
+
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
-    options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank)
+    options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank, calibration=calibration)
     _check_page(output, overwrite=overwrite)
     if path.endswith(".json") and Path(path).is_file():
         exploration = _from_record(Path(path), rank_options, options)
     else:
-        exploration = _from_adapter(path, rank_options, options, dtype, runtime, max_lora_rank, method, device)
+        decomposition = decomposed(open_source(path), method=method, device=device, calibration=calibration)
+        with progress("Trying policies", len(POLICIES)) as advance:
+            exploration = explore_adapter(
+                decomposition,
+                rank_options.policies or ("variance=0.95",),
+                by=rank_options.by,
+                limits=rank_options.limits,
+                dtype=dtype,
+                runtime=runtime,
+                max_lora_rank=max_lora_rank,
+                options=options,
+                on_policy=advance,
+            )
     _write_page(exploration, output, overwrite=overwrite)
 
 
@@ -70,7 +90,7 @@ def _check_page(output: Path, *, overwrite: bool) -> None:
 def _write_page(exploration: Exploration, output: Path, *, overwrite: bool) -> None:
     from lora_squeeze.formats.folder import new_file
     from lora_squeeze.report.html import report_page
-    from lora_squeeze.report.table import bytes_text
+    from lora_squeeze.sizes import bytes_text
 
     page = report_page(exploration).encode()
     with new_file(output, overwrite=overwrite) as file:
@@ -93,35 +113,4 @@ def _from_record(path: Path, rank_options: RankOptions, options: tuple[str, ...]
     with progress("Trying policies", len(POLICIES)) as advance:
         return explore_analysis(
             analysis, policies, by=rank_options.by, limits=rank_options.limits, options=options, on_policy=advance
-        )
-
-
-def _from_adapter(
-    path: str,
-    rank_options: RankOptions,
-    options: tuple[str, ...],
-    dtype: str | None,
-    runtime: str,
-    max_lora_rank: int | None,
-    method: str,
-    device: str,
-) -> Exploration:
-    from lora_squeeze import decompose, open_adapter
-    from lora_squeeze.policies import POLICIES
-    from lora_squeeze.verbs import explore_adapter
-
-    adapter = open_adapter(path)
-    with progress("Analyzing", len(adapter.layers)) as advance:
-        decomposition = decompose(adapter, method=method, device=device, on_layer=advance)
-    with progress("Trying policies", len(POLICIES)) as advance:
-        return explore_adapter(
-            decomposition,
-            rank_options.policies or ("variance=0.95",),
-            by=rank_options.by,
-            limits=rank_options.limits,
-            dtype=dtype,
-            runtime=runtime,
-            max_lora_rank=max_lora_rank,
-            options=options,
-            on_policy=advance,
         )

@@ -22,7 +22,7 @@ from typing import Any
 from lora_squeeze.exploration import BUDGETS, RETENTIONS, Exploration
 from lora_squeeze.policies import parse_policy
 from lora_squeeze.report.arrangement import arrange
-from lora_squeeze.report.table import bytes_text
+from lora_squeeze.sizes import bytes_text
 from lora_squeeze.version import __version__
 
 __all__ = ["report_page", "vendored"]
