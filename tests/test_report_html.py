@@ -44,11 +44,11 @@ def spectra(layers: int, rank: int = 64) -> list[Spectrum]:
 
 def test_vendored_libraries_are_those_that_were_looked_at():
     for name, found in vendored().items():
-        content = REPORT.joinpath("vendor", name).read_bytes()
+        content = (REPORT / "vendor" / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == found["sha256"]
         assert found["version"] in content[:200].decode()
         for licence in found["license_files"]:
-            assert "Copyright" in REPORT.joinpath("vendor", licence).read_text(encoding="utf-8")
+            assert "Copyright" in (REPORT / "vendor" / licence).read_text(encoding="utf-8")
     known = {*vendored(), *(one for found in vendored().values() for one in found["license_files"]), "manifest.json"}
     assert {file.name for file in REPORT.joinpath("vendor").iterdir()} == known
 
@@ -157,7 +157,7 @@ GRAPHICS = [("paper", "control"), ("raised", "control"), ("paper", "cut"), ("rai
 
 
 def palettes() -> dict[str, dict[str, str]]:
-    css = REPORT.joinpath("page", "page.css").read_text(encoding="utf-8")
+    css = (REPORT / "page" / "page.css").read_text(encoding="utf-8")
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     light, dark, printed = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in blocks)
     return {"light": light, "dark": dark, "print": {**light, **printed}}

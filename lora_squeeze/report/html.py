@@ -32,11 +32,10 @@ _SCRIPTS = ("record.js", "lookup.js", "text.js", "charts.js", "heatmap.js", "qua
 
 def report_page(exploration: Exploration) -> str:
     """The page, complete: save it as report.html."""
-    folder = files("lora_squeeze.report")
     libraries = vendored()
     texts = [
-        *(folder.joinpath("vendor", name).read_text(encoding="utf-8") for name in libraries),
-        *(folder.joinpath("page", name).read_text(encoding="utf-8") for name in _SCRIPTS),
+        *(_text("vendor", name) for name in libraries),
+        *(_text("page", name) for name in _SCRIPTS),
     ]
     policy = "; ".join(
         (
@@ -53,12 +52,12 @@ def report_page(exploration: Exploration) -> str:
         "title": html.escape(_title(exploration)),
         "generator": f"lora-squeeze {__version__}",
         "libraries": " and ".join(f"{one['package']} {one['version']}" for one in reversed(libraries.values())),
-        "style": folder.joinpath("page", "page.css").read_text(encoding="utf-8"),
+        "style": _text("page", "page.css"),
         "record": _json(_record(exploration)),
         "numbers": _numbers(exploration),
         "scripts": "\n".join(f"<script>{text}</script>" for text in texts),
     }
-    template = folder.joinpath("page", "page.html").read_text(encoding="utf-8")
+    template = _text("page", "page.html")
     pieces = template.split("{{")
     filled = [pieces[0]]
     for piece in pieces[1:]:
@@ -69,7 +68,11 @@ def report_page(exploration: Exploration) -> str:
 
 def vendored() -> dict[str, dict[str, Any]]:
     """The libraries that stand in the page, in the order in which they are loaded: file → where it is from."""
-    return json.loads(files("lora_squeeze.report").joinpath("vendor", "manifest.json").read_text(encoding="utf-8"))
+    return json.loads(_text("vendor", "manifest.json"))
+
+
+def _text(folder: str, name: str) -> str:
+    return (files("lora_squeeze.report") / folder / name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:
