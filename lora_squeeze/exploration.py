@@ -45,12 +45,14 @@ _PER_POLICY, _FEWEST = 60, 12  # settings that a grid grows to
 _MANY_LAYERS = 600  # beyond this, grids are coarser
 _DIGITS = 4  # of a value that is put between two others
 
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
+
 # The values a grid starts with, ascending or descending; between them it is refined.
 _STARTS: dict[str, tuple[float, ...]] = {
-    "variance": RETENTIONS,
-    "energy": RETENTIONS,
-    "cumulative": RETENTIONS,
-    "para-energy": RETENTIONS,
+    "variance": _SHARES,
+    "energy": _SHARES,
+    "cumulative": _SHARES,
+    "para-energy": _SHARES,
     "para-rank": BUDGETS,
     "params": BUDGETS,
     "sigma-ratio": (1.0, 2.0, 5.0, 10.0, 100.0, 1e4, 1e8, 1e12),
