@@ -33,7 +33,7 @@ def arrange(names: Sequence[str]) -> Arrangement:
     """Arrange layers in a table. Names without a number get a column of their own, at its end."""
     most = max((len(_NUMBER.findall(name)) for name in names), default=0)
     cuts = [[_cut(name, numbers) for name in names] for numbers in range(1, most + 1)] or [[("", n) for n in names]]
-    pairs = max(cuts, key=_fullness)
+    pairs = max(reversed(cuts), key=_fullness)
     blocks = sorted({block for block, _ in pairs}, key=lambda block: (not block, _natural(block)))
     rows = list(dict.fromkeys(row for _, row in sorted(pairs, key=lambda pair: not pair[0])))
     column_of, row_of = ({label: place for place, label in enumerate(labels)} for labels in (blocks, rows))
