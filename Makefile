@@ -18,7 +18,7 @@ THREADS := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-lm test fuzz lint types bench clean
+.PHONY: help install demo demo-lm test fuzz faults lint types bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -36,6 +36,9 @@ test: $(VENV)/.dev ## run the tests
 
 fuzz: $(VENV)/.dev ## attempt hostile files for a minute; ARGS="600" for ten
 	cd tests && ../$(BIN)/python fuzz.py $(ARGS)
+
+faults: $(VENV)/.dev ## kill, fill disks, pull sources away: what is left is in docs/reliability.md
+	$(BIN)/python -m benchmarks.faults $(ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .
