@@ -270,13 +270,14 @@ def _misread(adapter: Adapter, rules: Runtime, what_to_do: str) -> list[Problem]
 
 def caveats(adapter: Adapter) -> tuple[str, ...]:
     """What may go wrong when PEFT loads the adapter, depending on the version of transformers."""
-    experts = [spec for spec in adapter.layers.values() if _EXPERT_MODULE.fullmatch(spec.name)]
-    odd = next((spec for spec in experts if spec.rank != adapter.rank), None)
+    rank = adapter.rank
+    others = (spec for spec in adapter.layers.values() if spec.rank != rank)
+    odd = next((spec for spec in others if _EXPERT_MODULE.fullmatch(spec.name)), None)
     if adapter.format != "peft" or odd is None:
         return ()
     return (
         f"transformers 5 fuses the experts of many models when PEFT loads modules such as '{odd.name}', which works "
-        f"only if all have rank r: this one has {odd.rank}, r is {adapter.rank}; where that matters, give all layers "
+        f"only if all have rank r: this one has {odd.rank}, r is {rank}; where that matters, give all layers "
         "one rank (--rank, or --equal '.+')",
     )
 
