@@ -57,6 +57,7 @@ ORDER = [
     "formats.dora",
     "formats.folder",
     "formats.pickled",
+    "formats.peft_patterns",
     "formats.peft_config",
     "formats.peft_keys",
     "formats.peft_layout",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from lora_squeeze.formats.pairs import (
     read_pair,
     refuse_other_methods,
 )
+from lora_squeeze.formats.peft_config import Rules, alpha_of
+from lora_squeeze.formats.peft_patterns import grouped
 from lora_squeeze.formats.tensors import Block, SafetensorsFile, read_safetensors, safetensors_size, write_safetensors
 
 __all__ = ["CONFIG_KEY", "component_of", "diffusers_size", "is_diffusers", "open_diffusers", "write_diffusers"]
@@ -47,6 +50,7 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<link>\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)"
     r"(?P<factor>A|B|down|up)(?:\.default)?\.weight"
 )
+_TEXT_MODEL = "text_model."
 _SIDE = {"A": "down", "down": "down", "B": "up", "up": "up"}
 
 
@@ -72,7 +76,8 @@ def open_diffusers(path: Path) -> Adapter:
     config = _read_config(file)
     modules = _modules(file)
     others = find_alphas(file, modules)
-    layers = {name: _layer_spec(name, keys, file, config) for name, keys in modules.items()}
+    rules = _rules(config, file)
+    layers = {name: _layer_spec(name, keys, file, rules) for name, keys in modules.items()}
     return adapter_of(file, modules, layers, form="diffusers", others=others, config=config)
 
 
@@ -119,9 +124,15 @@ def _modules(file: SafetensorsFile) -> Factors:
     return modules
 
 
-def _layer_spec(name: str, keys: Mapping[str, str], file: SafetensorsFile, config: Mapping[str, Any]) -> LayerSpec:
+def _rules(config: Mapping[str, Any], file: SafetensorsFile) -> dict[str, Rules]:
+    """What the header declares, as PEFT reads it: part of the pipeline → rule of ranks and scales."""
+    parts = [key.removesuffix(".r") for key in config if key.endswith(".r")]
+    return {part: Rules({f"{part}.lora_alpha": 8, **config}, file.path, prefix=f"{part}.") for part in parts}
+
+
+def _layer_spec(name: str, keys: Mapping[str, str], file: SafetensorsFile, rules: Mapping[str, Rules]) -> LayerSpec:
     spec = read_pair(file, name, keys["down"], keys["up"])
-    declared = _declared_scale(spec, config, file)
+    declared = _declared_scale(spec, rules, file)
     if "alpha" in keys:
         scale = read_alpha(file, keys["alpha"]) / spec.rank
         if declared is not None and not math.isclose(scale, declared, rel_tol=1e-6):
@@ -133,38 +144,19 @@ def _layer_spec(name: str, keys: Mapping[str, str], file: SafetensorsFile, confi
     return spec if declared is None else replace(spec, scale=declared)
 
 
-def _declared_scale(spec: LayerSpec, config: Mapping[str, Any], file: SafetensorsFile) -> float | None:
-    """The scale that the header gives a layer as PEFT reads it; None if the header says nothing."""
+def _declared_scale(spec: LayerSpec, rules: Mapping[str, Rules], file: SafetensorsFile) -> float | None:
+    """The scale that the header gives a layer; None if it says nothing."""
     component = component_of(spec.name)
-    if f"{component}.r" not in config:
+    if component not in rules:
         return None
     name = spec.name.removeprefix(f"{component}.")
-    rank = _first_match(config, f"{component}.rank_pattern", name, config[f"{component}.r"], file)
-    alpha = _first_match(config, f"{component}.alpha_pattern", name, config.get(f"{component}.lora_alpha", 8), file)
+    rank = rules[component].declared_rank(name)
     if rank != spec.rank:
         raise AdapterError(
-            f"{file.path}: '{CONFIG_KEY}' in the header declares rank {rank:g} for '{spec.name}', but its factors have "
+            f"{file.path}: '{CONFIG_KEY}' in the header declares rank {rank} for '{spec.name}', but its factors have "
             f"{spec.rank}; save the adapter again"
         )
-    return alpha / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank)
-
-
-def _first_match(config: Mapping[str, Any], field: str, name: str, default: Any, file: SafetensorsFile) -> float:
-    """PEFT's rule: the first pattern for which re.match(rf"(.*\\.)?({key})$", name) holds, else the default."""
-    patterns = config.get(field) or {}
-    place = f"{file.path}: '{field}' in the header"
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{place} must map module patterns to numbers")
-    for key, value in {**patterns, r".*": default}.items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", name)
-        except re.error as error:
-            raise AdapterError(f"{place} has '{key}', which is not a regular expression: {error}") from error
-        if found:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise AdapterError(f"{place} must give numbers, not {json.dumps(value)}")
-            return value
-    raise AssertionError("the last pattern matches everything")
+    return rules[component].scale(name, rank)
 
 
 def _blocks(adapter: Adapter) -> list[Block]:
@@ -201,16 +193,16 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
 def _component_config(component: str, layers: list[LayerSpec], adapter: Adapter) -> dict[str, Any]:
     rank = max(spec.rank for spec in layers)
     scales = [spec.scale for spec in layers]
-    scale = max(dict.fromkeys(scales), key=scales.count)
+    scale = Counter(scales).most_common(1)[0][0]
     root = bool(adapter.config.get(f"{component}.use_rslora", False))
     differing = [spec for spec in layers if spec.rank != rank or spec.scale != scale]
     config: dict[str, Any] = {
         "r": rank,
-        "lora_alpha": _alpha(scale, rank, root=root),
-        "rank_pattern": {_pattern(spec.name, component): spec.rank for spec in differing if spec.rank != rank},
-        "alpha_pattern": {
-            _pattern(spec.name, component): _alpha(spec.scale, spec.rank, root=root) for spec in differing
-        },
+        "lora_alpha": alpha_of(scale, rank, root=root),
+        "rank_pattern": _patterns({spec.name: spec.rank for spec in differing if spec.rank != rank}, component),
+        "alpha_pattern": _patterns(
+            {spec.name: alpha_of(spec.scale, spec.rank, root=root) for spec in differing}, component
+        ),
     }
     left_out = any(component_of(name) == component for name in adapter.left_out)
     if left_out or f"{component}.target_modules" not in adapter.config:
@@ -222,13 +214,11 @@ def _component_config(component: str, layers: list[LayerSpec], adapter: Adapter)
     return {f"{component}.{field}": value for field, value in config.items()}
 
 
-def _pattern(name: str, component: str) -> str:
-    """Matches this module only; text encoders lose the first word of their names in newer transformers."""
-    own = re.escape(name.removeprefix(f"{component}."))
-    return "^" + re.sub(r"^text_model\\\.", r"(text_model\\.)?", own)
-
-
-def _alpha(scale: float, rank: int, *, root: bool) -> float:
-    alpha = scale * (math.sqrt(rank) if root else rank)
-    nearest = round(alpha)
-    return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
+def _patterns(values: Mapping[str, float], component: str) -> dict[str, float]:
+    """Patterns that give exactly these layers these values."""
+    own = {name.removeprefix(f"{component}."): value for name, value in values.items()}
+    # Text encoders lose the first word of their names in newer transformers.
+    texts = {name.removeprefix(_TEXT_MODEL): value for name, value in own.items() if name.startswith(_TEXT_MODEL)}
+    others = {name: value for name, value in own.items() if not name.startswith(_TEXT_MODEL)}
+    optional = {f"^({re.escape(_TEXT_MODEL)})?{key[1:]}": value for key, value in grouped(texts).items()}
+    return {**grouped(others), **optional}

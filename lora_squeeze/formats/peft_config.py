@@ -18,16 +18,17 @@ from typing import Any
 from lora_squeeze.adapter import Adapter, whole
 from lora_squeeze.documents import parse_json, read_text
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
+from lora_squeeze.formats.peft_patterns import MANY, BadPattern, FirstMatch, endings, expression_of, patterns_for
 
 __all__ = [
     "CONFIG",
     "WEIGHTS",
     "Rules",
+    "alpha_of",
     "config_for",
     "number",
     "read_config",
     "refuse_what_is_not_plain_lora",
-    "targeted",
 ]
 
 CONFIG = "adapter_config.json"
@@ -113,21 +114,22 @@ def refuse_what_is_not_plain_lora(config: Mapping[str, Any], path: Path | str) -
 class Rules:
     """The rank and the scale that a configuration declares for each module."""
 
-    def __init__(self, config: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], path: Path, *, prefix: str = "") -> None:
+        """prefix: before the names of all fields, as diffusers has it."""
         self.path = path
-        self.rank = number(config, "r", path, whole=True)
-        self.alpha = number(config, "lora_alpha", path)
-        self.root = bool(config.get("use_rslora", False))
-        self.ranks = _patterns(config, "rank_pattern", path, whole=True)
-        self.alphas = _patterns(config, "alpha_pattern", path)
+        self.rank = number(config, f"{prefix}r", path, whole=True)
+        self.alpha = number(config, f"{prefix}lora_alpha", path)
+        self.root = bool(config.get(f"{prefix}use_rslora", False))
+        self.ranks = _patterns(config, f"{prefix}rank_pattern", path, whole=True)
+        self.alphas = _patterns(config, f"{prefix}alpha_pattern", path)
 
     def declared_rank(self, name: str) -> int:
         """What PEFT takes as r of this module."""
-        return int(_first_match(self.ranks, name, self.rank))
+        return int(self.ranks.get(name, self.rank))
 
     def scale(self, name: str, rank: int) -> float:
         """The effective scale of a module of this r."""
-        return _first_match(self.alphas, name, self.alpha) / (math.sqrt(rank) if self.root else rank)
+        return self.alphas.get(name, self.alpha) / (math.sqrt(rank) if self.root else rank)
 
 
 def number(config: Mapping[str, Any], field: str, path: Path, *, whole: bool = False) -> float:
@@ -140,24 +142,15 @@ def number(config: Mapping[str, Any], field: str, path: Path, *, whole: bool = F
     return value
 
 
-def _patterns(
-    config: Mapping[str, Any], field: str, path: Path, *, whole: bool = False
-) -> list[tuple[re.Pattern[str], float]]:
+def _patterns(config: Mapping[str, Any], field: str, path: Path, *, whole: bool = False) -> FirstMatch:
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise AdapterError(f"{path}: '{field}' must map module patterns to numbers")
-    compiled: list[tuple[re.Pattern[str], float]] = []
-    for key in patterns:
-        value = number(patterns, key, path, whole=whole)
-        try:
-            compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise AdapterError(f"{path}: '{field}' key '{key}' is not a regular expression: {error}") from error
-    return compiled
-
-
-def _first_match(patterns: list[tuple[re.Pattern[str], float]], name: str, default: float) -> float:
-    return next((value for pattern, value in patterns if pattern.match(name)), default)
+    values = {key: number(patterns, key, path, whole=whole) for key in patterns}
+    try:
+        return FirstMatch(values)
+    except BadPattern as error:
+        raise AdapterError(f"{path}: '{field}' {error}") from error
 
 
 def config_for(adapter: Adapter) -> dict[str, Any]:
@@ -171,14 +164,14 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     modules = _modules(adapter)
     rank = max(own for own, _ in modules.values())
     scales = [scale for _, scale in modules.values()]
-    scale = max(dict.fromkeys(scales), key=scales.count)
+    scale = Counter(scales).most_common(1)[0][0]
     config["r"] = rank
-    config["lora_alpha"] = _alpha(scale, rank, root=root)
+    config["lora_alpha"] = alpha_of(scale, rank, root=root)
     differing = {name: values for name, values in modules.items() if values != (rank, scale)}
     ranks = {name: own for name, (own, _) in differing.items() if own != rank}
-    alphas = {name: _alpha(own_scale, own, root=root) for name, (own, own_scale) in differing.items()}
-    config["rank_pattern"] = _patterns_for(ranks, modules)
-    config["alpha_pattern"] = _patterns_for(alphas, modules)
+    alphas = {name: alpha_of(own_scale, own, root=root) for name, (own, own_scale) in differing.items()}
+    config["rank_pattern"] = patterns_for(ranks, modules)
+    config["alpha_pattern"] = patterns_for(alphas, modules)
     config.update(_targets_for(adapter))
     if config.get("init_lora_weights") == "orthogonal":
         config["init_lora_weights"] = True  # PEFT refuses to load an odd rank under "orthogonal"
@@ -197,27 +190,6 @@ def _modules(adapter: Adapter) -> dict[str, tuple[int, float]]:
     }
 
 
-def _patterns_for(values: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
-    """Patterns that give exactly these layers these values, as few as their last names allow.
-
-    Where all layers of a last name (such as q_proj) have one value, that name is the pattern;
-    otherwise each layer is named in full, anchored and escaped.
-    """
-    by_last_name: dict[str, list[str]] = {}
-    for name in layers:
-        by_last_name.setdefault(name.rpartition(".")[2], []).append(name)
-    patterns: dict[str, float] = {}
-    for last_name, names in by_last_name.items():
-        own = {values.get(name) for name in names}
-        if len(own) == 1 and len(names) > 1:
-            value = own.pop()
-            if value is not None:
-                patterns[re.escape(last_name)] = value
-        else:
-            patterns.update({f"^{re.escape(name)}": values[name] for name in names if name in values})
-    return patterns
-
-
 def _targets_for(adapter: Adapter) -> dict[str, Any]:
     """target_modules and exclude_modules such that PEFT adapts the layers kept and no others."""
     if not adapter.left_out:
@@ -225,31 +197,28 @@ def _targets_for(adapter: Adapter) -> dict[str, Any]:
     targets, excluded = adapter.config.get("target_modules"), adapter.config.get("exclude_modules")
     left_out, kept = list(adapter.left_out), {whole(name) for name in adapter.layers}
     if isinstance(targets, list):
-        targets = [target for target in targets if any(targeted(name, target) for name in kept)]
-        left_out = [name for name in left_out if any(targeted(name, target) for target in targets)]
+        kept_endings = endings(kept)
+        targets = [target for target in targets if target in kept_endings]
+        left_out = [name for name in left_out if endings([name]).intersection(targets)]
     return {"target_modules": targets, "exclude_modules": _excluding(excluded, left_out, kept)}
 
 
 def _excluding(excluded: Any, left_out: list[str], kept: Iterable[str]) -> Any:
-    """exclude_modules with these names added: as a list, or as one expression where names end in one another."""
+    """exclude_modules with these names added: a list, or one expression where names end in one another or are many."""
     if not left_out:
         return excluded
     if not isinstance(excluded, str):
         listed: list[str] = list(excluded or ())
-        if not any(targeted(name, gone) for name in kept for gone in left_out):
+        if len(left_out) <= MANY and not endings(kept).intersection(left_out):
             return [*listed, *left_out]
-        return "|".join((*(rf"(.*\.)?{re.escape(name)}" for name in listed), *map(re.escape, left_out)))
+        return "|".join((*(rf"(.*\.)?{re.escape(name)}" for name in listed), expression_of(left_out)))
     flags = re.match(r"\(\?([aiLmsux]+)\)", excluded)
     expression = f"(?{flags[1]}:{excluded[flags.end() :]})" if flags else f"({excluded})"
-    return "|".join((expression, *map(re.escape, left_out)))
+    return f"{expression}|{expression_of(left_out)}"
 
 
-def targeted(name: str, target: str) -> bool:
-    """PEFT's rule for lists of targets."""
-    return name == target or name.endswith(f".{target}")
-
-
-def _alpha(scale: float, rank: int, *, root: bool) -> float:
+def alpha_of(scale: float, rank: int, *, root: bool) -> float:
+    """The lora_alpha that gives this scale at this rank; a whole number if it is one."""
     alpha = scale * (math.sqrt(rank) if root else rank)
     nearest = round(alpha)
     # 16 · √64 / √16 comes out as 31.999…; but 0.125 must never become 0.
