@@ -1,4 +1,4 @@
-"""TOML → settings: every key known, every value of the right type, or an error that says which.
+"""The settings of a squeeze as TOML: `[squeeze]` and `[model]`.
 
 Keys and defaults of `[squeeze]` are those of the `squeeze` document; the keys after `device` are
 additions. `[model] lora_rank` stands in for `source_rank` where that is 0.
@@ -6,16 +6,21 @@ additions. `[model] lora_rank` stands in for `source_rank` where that is 0.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
 
-from lora_squeeze.documents import parse_toml, read_text
 from lora_squeeze.errors import SettingsError
 from lora_squeeze.limits import Limits
+from lora_squeeze.sections import build, choice, read_toml
 
-__all__ = ["ModelSettings", "Settings", "SqueezeSettings", "read_settings"]
+__all__ = ["CHOICES", "ModelSettings", "Settings", "SqueezeSettings", "read_settings"]
+
+CHOICES = {
+    "by": ("mean", "worst"),
+    "method": ("gram", "qr", "randomized", "dense"),
+    "runtime": ("", "peft", "vllm", "sglang", "llamacpp", "diffusers", "comfyui"),
+    "dtype": ("", "f64", "f32", "f16", "bf16"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,9 @@ class SqueezeSettings:
     output_path: str = ""  # where to write the squeezed adapter; "": analyze only
     compress_to: int = 0  # its rank; 0: the recommended one
     device: str = "cpu"  # torch device
-    by: str = "mean"  # whether the mean or the "worst" layer must retain that much
-    method: str = "gram"  # gram, qr, randomized or dense
-    dtype: str = ""  # of the output: f64, f32, f16 or bf16; "": as it was
+    by: str = choice(CHOICES["by"], "mean")  # whether the mean or the "worst" layer must retain that much
+    method: str = choice(CHOICES["method"], "gram")  # gram, qr, randomized or dense
+    dtype: str = choice(CHOICES["dtype"], "")  # of the output: f64, f32, f16 or bf16; "": as it was
     policy: str = ""  # NAME=VALUE, how to choose ranks; "": compress_to, for all layers
     min_rank: int = -1  # of any layer; -1: 1, for global policies 0
     max_rank: int = 0  # of any layer; 0: no limit
@@ -39,7 +44,7 @@ class SqueezeSettings:
     steps: list[int] = field(default_factory=list[int])  # round ranks up to one of these
     rank_for: dict[str, int] = field(default_factory=dict[str, int])  # pattern → rank; the first match decides
     equal: list[str] = field(default_factory=list[str])  # groups of layers with equal ranks: qkv, experts, a pattern
-    runtime: str = ""  # what has to load it: peft, vllm, sglang, llamacpp, diffusers or comfyui; "": its format's tools
+    runtime: str = choice(CHOICES["runtime"], "")  # what has to load it; "": its format's own tools
     max_lora_rank: int = 0  # what that server allows; 0: its default
     base_path: str = ""  # DoRA: folder or file of the base weights, to fit the magnitudes
     calibration: str = ""  # moments of lora-squeeze calibrate: variance is then measured on data
@@ -60,9 +65,15 @@ class SqueezeSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The `[model]` section."""
+    """The `[model]` section: what a LoRA is trained on. A squeeze heeds `lora_rank` alone."""
 
-    lora_rank: int = 0  # the rank it was trained at
+    model: str = ""  # folder, name on the Hub, or .gguf file
+    revision: str = ""  # of the model on the Hub
+    lora_rank: int = 0  # the rank to train at; 0: 64, or that of `adapter`. In a squeeze: the rank it was trained at
+    adapter: str = ""  # folder of an adapter to start from; "": a fresh one
+    squeeze_to: int = 0  # rank that `adapter` is squeezed to before it is trained on (Cont-Squeeze); 0: as it is
+    dtype: str = choice(("auto", "f32", "f16", "bf16"), "auto")  # auto: f32 on a processor, else the model's own
+    device: str = "auto"  # torch device; auto: the first GPU there is, else the processor
 
 
 @dataclass(frozen=True)
@@ -78,73 +89,11 @@ class Settings:
         return self.squeeze.source_rank or self.model.lora_rank
 
 
-CHOICES = {
-    "by": ("mean", "worst"),
-    "method": ("gram", "qr", "randomized", "dense"),
-    "runtime": ("", "peft", "vllm", "sglang", "llamacpp", "diffusers", "comfyui"),
-    "dtype": ("", "f64", "f32", "f16", "bf16"),
-}
-
-
 def read_settings(path: Path) -> Settings:
     """Read a TOML file. Raises SettingsError for anything unknown, mistyped or missing."""
-    try:
-        document = parse_toml(read_text(path))
-    except FileNotFoundError as error:
-        raise SettingsError(f"{path}: no such file") from error
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise SettingsError(f"{path}: not valid TOML: {error}") from error
-    settings: Settings = _build(Settings, document, f"{path}: ")
+    settings = build(Settings, read_toml(path), path)
     if not settings.squeeze.adapter_path:
         raise SettingsError(f"{path}: [squeeze] adapter_path is missing: which adapter shall be squeezed?")
     if settings.squeeze.policy and settings.squeeze.compress_to:
         raise SettingsError(f"{path}: [squeeze] policy and compress_to contradict each other: give one of them")
     return settings
-
-
-def _build(section: type[Any], document: dict[str, Any], place: str) -> Any:
-    types = get_type_hints(section)
-    known = {one.name: one for one in fields(section)}
-    for key in document:
-        if key not in known:
-            file, _, inside = place.partition(": ")
-            section_name = f"[{inside.rstrip('.')}] " if inside else ""
-            raise SettingsError(f"{file}: {section_name}unknown key '{key}'{_suggestion(key, known)}")
-    values: dict[str, Any] = {}
-    for name, one in known.items():
-        if name in document:
-            values[name] = _value(document[name], types[name], f"{place}{name}")
-        elif one.default is MISSING and one.default_factory is MISSING:
-            raise SettingsError(f"{place}section [{name}] is missing")
-    return section(**values)
-
-
-def _value(value: Any, wanted: type[Any], place: str) -> Any:
-    if hasattr(wanted, "__dataclass_fields__"):
-        if not isinstance(value, dict):
-            raise SettingsError(f"{place} must be a section: [{place.split()[-1]}]")
-        return _build(wanted, value, f"{place}.")
-    if get_origin(wanted) is list:
-        if not isinstance(value, list):
-            raise SettingsError(f"{place} must be a list, not {value!r}")
-        return [_value(one, get_args(wanted)[0], place) for one in value]
-    if get_origin(wanted) is dict:
-        if not isinstance(value, dict):
-            raise SettingsError(f"{place} must be a table of pattern = rank, not {value!r}")
-        return {key: _value(one, get_args(wanted)[1], f"{place}.'{key}'") for key, one in value.items()}
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted:
-        kinds = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
-        raise SettingsError(f"{place} must be {kinds[wanted]}, not {value!r}")
-    choices = CHOICES.get(place.rsplit(".", 1)[-1])
-    if choices and value not in choices:
-        raise SettingsError(f"{place} must be one of {', '.join(repr(one) for one in choices)}, not {value!r}")
-    return value
-
-
-def _suggestion(key: str, known: dict[str, Any]) -> str:
-    close = get_close_matches(key, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"

@@ -27,6 +27,8 @@ EVERYTHING = {  # key → TOML, value
     "equal": ('["qkv"]', ["qkv"]),
     "runtime": ('"vllm"', "vllm"),
     "max_lora_rank": ("16", 16),
+    "base_path": ('"base"', "base"),
+    "calibration": ('"moments"', "moments"),
     "overwrite": ("true", True),
 }
 

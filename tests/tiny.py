@@ -55,6 +55,7 @@ def save_tiny_llama(folder: Path, *, template: str | None = None, **sizes: Any) 
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 256,
+            "initializer_range": 0.2,  # of the size that trained weights have, so that a LoRA has something to turn
             **sizes,
         },
     )

@@ -23,6 +23,7 @@ from lora_squeeze.cli.plan import plan_command
 from lora_squeeze.cli.report import report_command
 from lora_squeeze.cli.run import run_command
 from lora_squeeze.cli.show import show_command
+from lora_squeeze.cli.train import continue_command, train_command
 from lora_squeeze.cli.verify import verify_command
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.version import __version__
@@ -97,6 +98,8 @@ for command in (
     verify_command,
     merge_command,
     calibrate_command,
+    train_command,
+    continue_command,
     run_command,
 ):
     main.add_command(command)

@@ -1,0 +1,147 @@
+"""The folder of a run: what lies where, and whether it has begun, can be continued or has finished.
+
+settings.toml     what it was started with
+metrics.jsonl     a line for each logging step
+checkpoints/      checkpoint-STEP: adapter, optimizer, scheduler, random states
+final/            the adapter, as PEFT reads it, with its tokenizer
+run.json          the record of the finished run
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_squeeze.errors import OutputError, SettingsError, TrainingError
+from lora_squeeze.formats.folder import new_file
+from lora_squeeze.sections import document_of, read_toml, to_toml
+from lora_squeeze.training.record import RunRecord, read_record
+from lora_squeeze.training.settings import RunSettings
+
+__all__ = ["RunFolder"]
+
+# What may change between two starts of one run: where it reports to, how it is squeezed afterwards.
+_FREE = ("logging", "squeeze", "resume")
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# The last of what a checkpoint consists of: where it can be read, the rest is there.
+_LAST_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """What it was started with."""
+        return self.path / "settings.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, with its step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder for each."""
+        return self.path / "checkpoints"
+
+    @property
+    def squeezed(self) -> Path:
+        """The adapter that it starts from, at the rank that it starts at."""
+        return self.path / "squeezed"
+
+    @property
+    def final(self) -> Path:
+        """The trained adapter."""
+        return self.path / "final"
+
+    @property
+    def record(self) -> Path:
+        """The record of the finished run."""
+        return self.path / "run.json"
+
+    def finished(self) -> RunRecord | None:
+        """The record, if the run has finished."""
+        return read_record(self.record) if self.record.exists() and self.final.exists() else None
+
+    def begin(self, settings: RunSettings, *, overwrite: bool = False) -> None:
+        """Make the folder, or accept one that the same settings began.
+
+        Raises OutputError if something else lies there, TrainingError if the settings are others.
+        """
+        if overwrite and self.settings.exists():
+            shutil.rmtree(self.path)
+        document = document_of(settings)
+        if self.settings.exists():
+            self._check_same(document)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise OutputError(f"{self.path}: exists and is not the folder of a run; choose another with --out")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
+        with new_file(self.settings, overwrite=True) as file:
+            file.write_text(to_toml(document), encoding="utf-8")
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint; what a killed run left half written is removed."""
+        found = {int(match[1]): path for path in self._folders() if (match := _CHECKPOINT.fullmatch(path.name))}
+        for step in sorted(found, reverse=True):
+            if _is_complete(found[step], step):
+                return found[step]
+            shutil.rmtree(found[step], ignore_errors=True)
+        return None
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the logged lines beyond the step that training goes on from."""
+        kept = [json.dumps(entry) + "\n" for entry in self.read_metrics() if entry["step"] <= step]
+        with new_file(self.metrics, overwrite=True) as file:
+            file.write_text("".join(kept), encoding="utf-8")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """What was logged, in order; a line that a kill has cut off is left out."""
+        if not self.metrics.exists():
+            return []
+        entries: list[dict[str, Any]] = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+        return entries
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self.checkpoints.iterdir() if path.is_dir()] if self.checkpoints.is_dir() else []
+
+    def _check_same(self, document: dict[str, Any]) -> None:
+        try:
+            before = read_toml(self.settings)
+        except SettingsError as error:
+            raise TrainingError(f"{error}; --overwrite begins anew") from error
+        for section in dict.fromkeys([*before, *document]):
+            old, new = before.get(section, {}), document.get(section, {})
+            for key in dict.fromkeys([*old, *new]):
+                if section not in _FREE and old.get(key) != new.get(key):
+                    raise TrainingError(
+                        f"{self.path}: was begun with [{section}] {key} = {_said(old, key)}, and now it is "
+                        f"{_said(new, key)}; choose another folder with --out, or --overwrite to begin anew"
+                    )
+
+
+def _said(section: dict[str, Any], key: str) -> str:
+    return repr(section[key]) if key in section else "the default"
+
+
+def _is_complete(folder: Path, step: int) -> bool:
+    try:
+        return json.loads((folder / _LAST_FILE).read_text(encoding="utf-8"))["global_step"] == step
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

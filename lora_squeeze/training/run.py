@@ -1,0 +1,237 @@
+"""One run: settings → adapter, metrics and record, in a folder that can be continued."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lora_squeeze.annealing.callback import SqueezeCallback
+from lora_squeeze.errors import DataError, TrainingError
+from lora_squeeze.extras import require
+from lora_squeeze.formats.folder import new_folder
+from lora_squeeze.models import (
+    Task,
+    attach_adapter,
+    attach_lora,
+    base_of,
+    labels_of_adapter,
+    load_model,
+    load_tokenizer,
+    write_labels,
+)
+from lora_squeeze.sections import document_of
+from lora_squeeze.training.callbacks import OnLog, Recorder
+from lora_squeeze.training.folder import RunFolder
+from lora_squeeze.training.inputs import Inputs, read_inputs
+from lora_squeeze.training.record import RunRecord, environment, write_record
+from lora_squeeze.training.settings import RunSettings
+from lora_squeeze.training.trainers import Prepared, trainer_of
+from lora_squeeze.verbs import compress_adapter
+
+__all__ = ["train"]
+
+
+def train(
+    settings: RunSettings, folder: str | os.PathLike[str], *, overwrite: bool = False, on_log: OnLog | None = None
+) -> RunRecord:
+    """Train an adapter into a folder (see `lora_squeeze.training.folder`) and return its record.
+
+    A folder that holds the finished run is only read; one that the same settings began is continued
+    from its last checkpoint.
+    overwrite
+        begin anew, whatever is there of an earlier run.
+    on_log
+        called as on_log(step, steps, metrics) at each step; metrics are empty but when logged.
+
+    Raises SettingsError, DataError, ModelError, AdapterError, OutputError or TrainingError.
+    """
+    run = RunFolder(Path(folder))
+    run.begin(settings, overwrite=overwrite)
+    if (record := run.finished()) is not None:
+        return record
+    started = _now()
+    transformers = require("transformers", "train")
+    transformers.set_seed(settings.training.seed)  # before a head or a LoRA is made at random
+    labels = labels_of_adapter(settings.model.adapter) if settings.model.adapter else ()
+    inputs = read_inputs(settings, labels=labels)
+    name, tokenizer, model = _loaded(settings, inputs, run)
+    source_rank = _largest_rank(model)
+    recorder = Recorder(run, on_log)
+    callbacks = (*_in_squeeze(settings), recorder)
+    trainer, notes = trainer_of(Prepared(settings, run, inputs, tokenizer, model, callbacks))
+    trainer.remove_callback(transformers.PrinterCallback)  # the recorder tells whoever wants to know
+    checkpoint = _checkpoint(settings, run)
+    seconds = _train(trainer, settings, run, checkpoint)
+    if inputs.held_out:
+        trainer.evaluate()
+    _save(model, tokenizer, inputs, run.final)
+    record = RunRecord(
+        method=settings.method,
+        model=name,
+        adapter=str(run.final),
+        source_rank=source_rank,
+        rank=_largest_rank(model),
+        steps=trainer.state.global_step,
+        examples=len(inputs.training),
+        held_out=len(inputs.held_out),
+        trained_parameters=sum(one.numel() for one in model.parameters() if one.requires_grad),
+        metrics=recorder.latest,
+        seconds=round(seconds, 3),
+        started=started,
+        finished=_now(),
+        peak_memory=_peak_memory(model),
+        settings=document_of(settings),
+        environment=environment(),
+        notes=list(notes),
+    )
+    write_record(record, run.record)
+    return record
+
+
+def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder) -> tuple[str, Any, Any]:
+    """The base model's name, its tokenizer, and the model with the LoRA that is to be trained."""
+    chosen = settings.model
+    name = chosen.model or base_of(chosen.adapter)[0]
+    task: Task = "sequence-classification" if settings.method == "classify" else "causal-lm"
+    tokenizer = load_tokenizer(name, revision=chosen.revision)
+    base = load_model(
+        name, task=task, labels=inputs.labels, dtype=chosen.dtype, device=chosen.device, revision=chosen.revision
+    )
+    base.config.use_cache = settings.method == "grpo"  # only generating gains from it
+    if chosen.adapter:
+        return name, tokenizer, attach_adapter(base, _starting_adapter(settings, run), trainable=True)
+    lora = settings.lora
+    model = attach_lora(
+        base,
+        rank=settings.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        rslora=lora.rslora,
+        dora=lora.dora,
+    )
+    return name, tokenizer, model
+
+
+def _in_squeeze(settings: RunSettings) -> tuple[Any, ...]:
+    """The callback that lowers the rank while training, if `[in_squeeze]` asks for it."""
+    chosen = settings.in_squeeze
+    if not chosen.schedule:
+        return ()
+    return (
+        SqueezeCallback(
+            chosen.schedule,
+            ranks=chosen.ranks or None,
+            target=chosen.target_rank or None,
+            spacing=chosen.spacing,
+            policy=chosen.rank_policy,
+            state=chosen.optimizer_state,
+            balance=chosen.balance,
+            learning_rate=chosen.lr_after_switch,
+            warmup_steps=None if chosen.rewarm_steps < 0 else chosen.rewarm_steps,
+            learning_rates={int(rank): rate for rank, rate in chosen.lr_by_rank.items()},
+        ),
+    )
+
+
+def _starting_adapter(settings: RunSettings, run: RunFolder) -> str:
+    """The adapter that training starts from, squeezed first if the settings say so (Cont-Squeeze)."""
+    chosen = settings.model
+    if not chosen.squeeze_to:
+        return chosen.adapter
+    if not run.squeezed.exists():
+        compress_adapter(chosen.adapter, run.squeezed, chosen.squeeze_to)
+    return str(run.squeezed)
+
+
+def _checkpoint(settings: RunSettings, run: RunFolder) -> Path | None:
+    """Where to go on from: the run's own last checkpoint, else that of the run which `[resume]` names."""
+    if own := run.last_checkpoint():
+        return own
+    if not settings.resume.from_:
+        return None
+    other = RunFolder(Path(settings.resume.from_))
+    checkpoint = other.last_checkpoint()
+    if checkpoint is None:
+        raise TrainingError(f"{other.checkpoints}: [resume] from names a run that has no checkpoint")
+    if other.metrics.exists():
+        shutil.copyfile(other.metrics, run.metrics)
+    return checkpoint
+
+
+def _train(trainer: Any, settings: RunSettings, run: RunFolder, checkpoint: Path | None) -> float:
+    """Train, and return the seconds it took."""
+    run.forget_metrics_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    begun = time.perf_counter()
+    with _wandb(settings):
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except ValueError as error:
+            if checkpoint is not None:
+                raise TrainingError(f"{checkpoint}: cannot be continued: {error}; --overwrite begins anew") from error
+            if "empty" in str(error) or "num_samples" in str(error):
+                raise DataError(f"{', '.join(settings.data.source)}: too few examples for a batch") from error
+            raise
+    return time.perf_counter() - begun
+
+
+@contextmanager
+def _wandb(settings: RunSettings) -> Generator[None, None, None]:
+    """Tell transformers' W&B callback, which reads the environment, what `[logging]` says."""
+    logs = settings.logging
+    if not logs.wandb_project:
+        yield
+        return
+    wandb = require("wandb", "wandb")
+    given = {
+        "WANDB_PROJECT": logs.wandb_project,
+        "WANDB_ENTITY": logs.wandb_entity,
+        "WANDB_RUN_GROUP": logs.wandb_group,
+        "WANDB_TAGS": ",".join(logs.wandb_tags),
+    }
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update({name: value for name, value in given.items() if value})
+    try:
+        yield
+    finally:
+        wandb.finish()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _save(model: Any, tokenizer: Any, inputs: Inputs, final: Path) -> None:
+    with new_folder(final, overwrite=True) as folder:
+        model.save_pretrained(str(folder), selected_adapters=["default"])
+        tokenizer.save_pretrained(str(folder))
+        if inputs.labels:
+            write_labels(folder, inputs.labels)
+
+
+def _largest_rank(model: Any) -> int:
+    return max(module.r["default"] for module in model.modules() if hasattr(module, "lora_A") and "default" in module.r)
+
+
+def _peak_memory(model: Any) -> int:
+    torch = require("torch", "train")
+    if model.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(model.device))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,121 @@
+"""The TOML of a run: every key known, sensible, and documented."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from lora_squeeze.errors import SettingsError
+from lora_squeeze.sections import build, document_of, keys_of, read_toml, to_toml
+from lora_squeeze.training.settings import RunSettings, check, read_run_settings
+
+BARE = {"model": {"model": "base"}, "data": {"source": "rows.jsonl"}}
+
+
+def settings(**sections):
+    document = {name: {**BARE.get(name, {}), **sections.get(name, {})} for name in {**BARE, **sections}}
+    built = build(RunSettings, document, "run.toml")
+    check(built, "run.toml")
+    return built
+
+
+def refusal(**sections) -> str:
+    with pytest.raises(SettingsError, match=r"^run\.toml") as caught:
+        settings(**sections)
+    return str(caught.value)
+
+
+def test_a_model_and_data_are_enough():
+    found = settings()
+    assert (found.method, found.rank, found.data.source, found.schedule(500, 64)) == ("sft", 64, ["rows.jsonl"], None)
+
+
+@pytest.mark.parametrize(
+    ("sections", "method"),
+    [
+        ({"algorithm": {"advantage_mode": "maxrl"}}, "grpo"),
+        ({"algorithm": {"transform_mode": "none"}}, "grpo"),
+        ({"reward": {"type": "numeric"}}, "grpo"),
+        ({"training": {"method": "dpo"}}, "dpo"),
+    ],
+)
+def test_what_a_file_speaks_of_says_the_method(sections, method):
+    assert settings(**sections).method == method
+
+
+def test_every_section_has_a_default_for_every_key():
+    assert RunSettings() == build(RunSettings, {}, "run.toml")
+    for section in fields(RunSettings):
+        value = getattr(RunSettings(), section.name)
+        assert value is None or is_dataclass(value)
+
+
+def test_what_is_written_as_toml_is_read_back(tmp_path):
+    before = settings(
+        model={"model": 'a "quoted" \\ path\nof two lines\x7f', "lora_rank": 8},
+        data={"source": ["a.jsonl", "ä.jsonl"], "columns": {"text": "sentence", "odd key": "x"}},
+        training={"lr": 1e-5, "epochs": 2, "completion_only": False},
+        resume={"from": "logs/other"},
+    )
+    (tmp_path / "run.toml").write_text(to_toml(document_of(before)), encoding="utf-8")
+    assert read_run_settings(tmp_path / "run.toml") == before
+    assert document_of(before)["resume"] == {"from": "logs/other"}
+    assert document_of(RunSettings()) == {}
+    assert read_toml(tmp_path / "run.toml")["training"] == {"lr": 1e-5, "epochs": 2.0, "completion_only": False}
+
+
+REFUSED = {
+    "a key of another section": ({"model": {"lr": 1e-4}}, "[model] unknown key 'lr'; it belongs to [training]"),
+    "a key that is misspelt": ({"training": {"max_step": 5}}, "did you mean 'max_steps'"),
+    "a section that is misspelt": ({"traning": {}}, "did you mean 'training'"),
+    "no model": ({"model": {"model": ""}}, "[model] model is missing"),
+    "no data": ({"data": {"source": []}}, "[data] source is missing"),
+    "no steps": ({"training": {"max_steps": 0}}, "for how long"),
+    "negative steps": ({"training": {"max_steps": -1}}, "max_steps must be at least 0"),
+    "an unknown method": ({"training": {"method": "ppo"}}, "'sft', 'classify', 'dpo', 'grpo'"),
+    "no batch": ({"training": {"batch_size": 0}}, "batch_size must be at least 1"),
+    "an uneven batch": ({"training": {"batch_size": 6, "gradient_accumulation": 4}}, "gradient_accumulation"),
+    "all held out": ({"data": {"eval_fraction": 1.0}}, "eval_fraction"),
+    "no learning": ({"training": {"lr": 0.0}}, "lr must be more than 0"),
+    "a group of one": ({"training": {"method": "grpo", "group_size": 1}}, "group_size must be at least 2"),
+    "a mode without grpo": (
+        {"training": {"method": "sft"}, "algorithm": {"advantage_mode": "grpo"}},
+        "advantage_mode belongs to method grpo, not to sft",
+    ),
+    "a reward without grpo": ({"training": {"method": "dpo"}, "reward": {"type": "exact"}}, "[reward] type belongs"),
+    "regex without a pattern": ({"reward": {"type": "regex"}}, "[reward] pattern is missing"),
+    "a pattern without regex": ({"reward": {"type": "exact", "pattern": "x"}}, "needs type"),
+    "a squeeze of nothing": ({"model": {"squeeze_to": 4}}, "squeeze_to needs an adapter"),
+    "two ranks": ({"model": {"adapter": "a", "lora_rank": 4}}, "lora_rank is that of a fresh LoRA"),
+    "an unknown schedule": ({"in_squeeze": {"schedule": "stadnard", "target_rank": 8}}, "unknown schedule 'stadnard'"),
+    "a schedule that rises": ({"in_squeeze": {"schedule": "standard", "target_rank": 128}}, "] ranks from 64"),
+    "a schedule without ranks": ({"in_squeeze": {"schedule": "standard"}}, "[in_squeeze] a schedule needs its ranks"),
+    "a rank without a schedule": ({"in_squeeze": {"target_rank": 8}}, "target_rank needs a schedule"),
+    "a rate for no rank": (
+        {"in_squeeze": {"schedule": "equal", "target_rank": 8, "lr_by_rank": {"low": 1e-3}}},
+        "'low' is not a rank",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_by_name(name):
+    sections, said = REFUSED[name]
+    assert said in refusal(**sections)
+
+
+def test_a_schedule_is_that_of_the_rank_and_steps():
+    found = settings(
+        model={"lora_rank": 16}, training={"max_steps": 70}, in_squeeze={"schedule": "equal", "target_rank": 4}
+    )
+    schedule = found.schedule(70, 16)
+    assert schedule is not None
+    assert (schedule.ranks, schedule.steps) == ((16, 8, 4), 70)
+
+
+def test_every_key_is_documented():
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    sections = [one.name for one in fields(RunSettings) if one.name != "squeeze"]
+    keys = [key for name in sections for key in keys_of(type(getattr(RunSettings(), name)))]
+    assert [key for key in keys if f"`{key}`" not in page] == []
+    assert [name for name in sections if f"[{name}]" not in page] == []
