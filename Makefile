@@ -7,6 +7,7 @@
 PYTHON ?= python3
 TORCH_FLAGS ?=
 ARGS ?=
+PYTHONS ?= $(PYTHON)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ THREADS := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-lm test fuzz faults lint types bench clean
+.PHONY: help install demo demo-lm test fuzz faults wheel-test lint types bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -39,6 +40,9 @@ fuzz: $(VENV)/.dev ## attempt hostile files for a minute; ARGS="600" for ten
 
 faults: $(VENV)/.dev ## kill, fill disks, pull sources away: what is left is in docs/reliability.md
 	$(BIN)/python -m benchmarks.faults $(ARGS)
+
+wheel-test: ## build the wheel, install it alone under each of PYTHONS, and use it
+	TORCH_FLAGS="$(TORCH_FLAGS)" .ci/wheel $(PYTHONS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .

@@ -44,7 +44,16 @@ class Place:
     command: list[str]
     source: Path
     output: Path
-    before: dict[str, bytes] = field(default_factory=dict)
+    old: Path | None = None  # an adapter that is to lie at `output` before
+    before: dict[str, bytes] = field(default_factory=dict)  # its content
+
+    def put_old(self) -> None:
+        """Copy the old output, if there is to be one, to its place."""
+        self.output.parent.mkdir(exist_ok=True)
+        if self.old is not None and self.old.is_dir():
+            shutil.copytree(self.old, self.output)
+        elif self.old is not None:
+            shutil.copy(self.old, self.output)
 
     def start(self, **options: object) -> subprocess.Popen[str]:
         """Start the command."""
@@ -73,14 +82,14 @@ def content(path: Path) -> dict[str, bytes]:
 
 def compress_folder(root: Path, model: Path) -> Place:
     """A PEFT folder."""
-    source, output = root / "source", root / "out"
+    source, output = root / "source", root / "made" / "out"
     shutil.copytree(model / "peft", source)
     return Place(root, ["compress", str(source), str(output), "--rank", str(NEW), "--overwrite"], source, output)
 
 
 def compress_file(root: Path, model: Path) -> Place:
     """A kohya file, ranks chosen in a first pass."""
-    source, output = root / "source.safetensors", root / "out.safetensors"
+    source, output = root / "source.safetensors", root / "made" / "out.safetensors"
     shutil.copy(model / "kohya.safetensors", source)
     command = ["compress", str(source), str(output), "--policy", "params=0.25", "--overwrite"]
     return Place(root, command, source, output)
@@ -89,14 +98,14 @@ def compress_file(root: Path, model: Path) -> Place:
 def run_settings(root: Path, model: Path) -> Place:
     """`run` with a TOML file."""
     place = compress_folder(root, model)
-    lines = f'adapter_path = "source"\noutput_path = "out"\ncompress_to = {NEW}\noverwrite = true\n'
+    lines = f'adapter_path = "source"\noutput_path = "made/out"\ncompress_to = {NEW}\noverwrite = true\n'
     (root / "squeeze.toml").write_text(f"[squeeze]\n{lines}")
     return Place(root, ["run", "squeeze.toml"], place.source, place.output)
 
 
 def convert_file(root: Path, model: Path) -> Place:
     """`convert` of a kohya file to one of diffusers."""
-    source, output = root / "source.safetensors", root / "out.safetensors"
+    source, output = root / "source.safetensors", root / "made" / "out.safetensors"
     shutil.copy(model / "kohya.safetensors", source)
     return Place(root, ["convert", str(source), str(output), "--to", "diffusers", "--overwrite"], source, output)
 
@@ -142,25 +151,15 @@ def outcome(place: Place, process: subprocess.Popen[str], *, ended_by: signal.Si
 def on_a_full_disk(place: Place) -> str:
     """The output on a disk that has room for a part of it."""
     need = 600_000 + int(random.uniform(0, 1) * 5_500_000)
-    with small_disk(place.root / "disk", len(b"".join(place.before.values())) + need):
-        return moved_to(place, place.root / "disk" / place.output.name)
+    with small_disk(place.output.parent, len(b"".join(place.before.values())) + need):
+        place.put_old()
+        return outcome(place, place.start())
 
 
 def without_room_for_temporary_files(place: Place) -> str:
     """TMPDIR on a disk of 64 KiB."""
     with small_disk(place.root / "disk", 65536):
         return outcome(place, place.start(env={**os.environ, "TMPDIR": str(place.root / "disk")}))
-
-
-def moved_to(place: Place, output: Path) -> str:
-    """The same with the output elsewhere."""
-    if place.output.is_dir():
-        shutil.copytree(place.output, output)
-    elif place.output.exists():
-        shutil.copy(place.output, output)
-    command = [part.replace(str(place.output), str(output)) for part in place.command]
-    moved = Place(place.root, command, place.source, output, place.before)
-    return outcome(moved, moved.start())
 
 
 def with_a_limit_on_file_sizes(place: Place) -> str:
@@ -178,33 +177,20 @@ def with_a_limit_on_file_sizes(place: Place) -> str:
 
 def from_a_read_only_source(place: Place) -> str:
     """The source on a disk that is mounted read-only."""
-    held = place.root / "held"
-    held.mkdir()
-    mounted = held / place.source.name
-    shutil.move(place.source, mounted)
-    mount("--bind", str(held), str(held))
+    mount("--bind", str(place.source), str(place.source))
     try:
-        mount("-o", "remount,bind,ro", str(held))
-        command = [part.replace(str(place.source), str(mounted)) for part in place.command]
-        moved = Place(place.root, command, mounted, place.output, place.before)
-        return outcome(moved, moved.start())
+        mount("-o", "remount,bind,ro", str(place.source))
+        return outcome(place, place.start())
     finally:
-        subprocess.run(["umount", str(held)], check=True)
-        shutil.move(mounted, place.source)
+        subprocess.run(["umount", str(place.source)], check=True)
 
 
 def to_a_read_only_disk(place: Place) -> str:
     """The output on a disk that is mounted read-only."""
-    with small_disk(place.root / "disk", 20_000_000):
-        output = place.root / "disk" / place.output.name
-        if place.output.is_dir():
-            shutil.copytree(place.output, output)
-        elif place.output.exists():
-            shutil.copy(place.output, output)
-        mount("-o", "remount,ro", str(place.root / "disk"))
-        command = [part.replace(str(place.output), str(output)) for part in place.command]
-        moved = Place(place.root, command, place.source, output, place.before)
-        return outcome(moved, moved.start())
+    with small_disk(place.output.parent, 20_000_000):
+        place.put_old()
+        mount("-o", "remount,ro", str(place.output.parent))
+        return outcome(place, place.start())
 
 
 def with_a_vanishing_source(place: Place) -> str:
@@ -269,7 +255,7 @@ def mount(*arguments: str) -> None:
 @contextmanager
 def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
     """A tmpfs of this size."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     mount("-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(folder))
     try:
         yield
@@ -317,12 +303,9 @@ def trial(fault: Callable[[Place], str], subject: Callable[[Path, Path], Place],
     with tempfile.TemporaryDirectory(prefix="lora-squeeze-faults-") as scratch:
         place = subject(Path(scratch), model)
         if old:
-            previous = model / ("old" if place.output.suffix == "" else "old.safetensors")
-            if previous.is_dir():
-                shutil.copytree(previous, place.output)
-            else:
-                shutil.copy(previous, place.output)
-            place.before = content(place.output)
+            place.old = model / ("old" if place.output.suffix == "" else "old.safetensors")
+            place.before = content(place.old)
+        place.put_old()
         source = content(place.source)
         found = fault(place)
         assert content(place.source) == source, "the source was touched"

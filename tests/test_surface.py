@@ -296,6 +296,12 @@ def test_the_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
 
 
+def test_every_export_is_checked_as_a_user_s_type_checker_sees_it():
+    tree = ast.parse((ROOT / "tests" / "public_types.py").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "lora_squeeze"]
+    assert {one.name for node in imports for one in node.names} == set(lora_squeeze.__all__)
+
+
 # --- documentation ----------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ class PickledFile:
             if value.dtype not in _SPELLINGS:
                 raise AdapterError(f"{path}: '{key}' has dtype {value.dtype}, which safetensors cannot hold")
         self._state: dict[str, torch.Tensor] = state
-        self.tensors = {
+        self.tensors: Mapping[str, TensorSpec] = {
             key: TensorSpec(key, _SPELLINGS[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
             for key, tensor in state.items()
         }
