@@ -2,15 +2,29 @@
 
 import json
 import platform
+import struct
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 CORE = {"torch", "safetensors", "huggingface_hub", "click", "rich"}
 EXTRAS = {"transformers", "peft", "datasets", "accelerate", "trl", "wandb", "ray", "matplotlib", "tinker", "lm_eval"}
+
+
+def file_of(tensors: dict[str, Any]) -> bytes:
+    """A safetensors file, written by hand: safetensors.torch would need NumPy."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for key, tensor in tensors.items():
+        numbers = tensor.flatten().tolist()
+        start, data = len(data), data + struct.pack(f"<{len(numbers)}f", *numbers)
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
 
 
 def main(program: str) -> None:
@@ -24,7 +38,6 @@ def main(program: str) -> None:
     assert (Path(spec.origin).parent / "py.typed").exists()
 
     import torch
-    from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "adapter")
@@ -35,7 +48,7 @@ def main(program: str) -> None:
             key = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
             tensors[f"{key}.lora_A.weight"] = torch.randn(8, 32, generator=generator)
             tensors[f"{key}.lora_B.weight"] = torch.randn(24, 8, generator=generator)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").write_bytes(file_of(tensors))
         config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
         (folder / "adapter_config.json").write_text(json.dumps(config))
         for arguments in (
