@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapters import CONVOLUTIONS, WEIGHTS, edit_tensors
 from click.testing import CliRunner
+from evaluated import save_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import save_tiny_bert, save_tiny_llama
@@ -25,20 +26,6 @@ from lora_squeeze.models import load_model
 from lora_squeeze.moments import Seen, check_moments, merge_moments, read_moments, save_moments
 
 SEEN = Seen("made up", "0" * 64, 1)
-
-
-def save_adapter(base, folder, *, task="CAUSAL_LM", seed=0, **lora):
-    """A LoRA with random factors on a saved tiny model."""
-    kind = "causal-lm" if task == "CAUSAL_LM" else "sequence-classification"
-    labels = () if task == "CAUSAL_LM" else ("negative", "positive")
-    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": task, **lora}
-    model = get_peft_model(load_model(str(base), task=kind, labels=labels), LoraConfig(**options))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and "magnitude" not in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(str(folder))
-    return folder
 
 
 @pytest.fixture(scope="module")

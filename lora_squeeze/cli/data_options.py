@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import click
 
 if TYPE_CHECKING:
     from lora_squeeze.data import Example
+    from lora_squeeze.evaluation.measure import Trial
     from lora_squeeze.evaluation.subject import Subject
 
-__all__ = ["DataOptions", "data_options", "opened", "read"]
+__all__ = ["DataOptions", "data_options", "opened", "read", "trial_for"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -132,7 +134,13 @@ def read(options: DataOptions) -> tuple[Example, ...]:
 def opened(options: DataOptions, adapters: tuple[str, ...], examples: tuple[Example, ...]) -> Subject:
     """The base model with these adapters."""
     from lora_squeeze.evaluation.subject import open_subject
+    from lora_squeeze.extras import require
 
+    # The screen belongs to what this command has to say.
+    speech = require("transformers", "train").utils.logging
+    speech.set_verbosity_error()
+    speech.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
     return open_subject(
         adapters,
         base=options.base,
@@ -140,4 +148,13 @@ def opened(options: DataOptions, adapters: tuple[str, ...], examples: tuple[Exam
         labels=options.labels,
         dtype=options.dtype,
         device=options.device,
+    )
+
+
+def trial_for(subject: Subject, options: DataOptions, examples: tuple[Example, ...]) -> Trial:
+    """The examples, encoded for the model."""
+    from lora_squeeze.evaluation.measure import trial_of
+
+    return trial_of(
+        subject, examples, batch_size=options.batch_size, max_length=options.max_length, prompt=options.prompt
     )

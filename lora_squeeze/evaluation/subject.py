@@ -24,7 +24,7 @@ from lora_squeeze.models import (
     load_tokenizer,
 )
 
-__all__ = ["Contestant", "Subject", "activate", "contestant_of", "open_subject"]
+__all__ = ["Contestant", "Subject", "activate", "contestant_of", "loaded", "open_subject", "without_adapter"]
 
 _Placed = tuple[Site, Tensor, Tensor, float]
 
@@ -34,7 +34,7 @@ class Contestant:
     """One adapter to be measured.
 
     adapter
-        the name under which PEFT knows the one whose factors these are, or replace.
+        the name under which PEFT knows the one whose factors these are, or replace; "": none at all.
     factors
         what takes the place of its factors; empty: they stay as they were loaded.
     """
@@ -113,6 +113,17 @@ def open_subject(
     )
 
 
+def loaded(subject: Subject, name: str = "default") -> Contestant:
+    """An adapter as it was loaded."""
+    adapter = subject.adapters[name]
+    return Contestant(_label(adapter.source), name, adapter.rank, adapter.parameters)
+
+
+def without_adapter() -> Contestant:
+    """The base model alone."""
+    return Contestant("no adapter", "", 0, 0)
+
+
 def contestant_of(subject: Subject, squeezed: Adapter, *, label: str, adapter: str = "default") -> Contestant:
     """An adapter with lower ranks than one that is loaded, to be swapped in for it.
 
@@ -133,11 +144,19 @@ def contestant_of(subject: Subject, squeezed: Adapter, *, label: str, adapter: s
 
 def activate(subject: Subject, contestant: Contestant) -> None:
     """Make a contestant the model's adapter, in place."""
+    if not contestant.adapter:
+        subject.model.base_model.disable_adapter_layers()
+        return
+    subject.model.base_model.enable_adapter_layers()
     for site, down, up, scale in contestant.factors or subject.originals[contestant.adapter]:
         if site.down.data_ptr() != down.data_ptr() or site.up.data_ptr() != up.data_ptr() or site.scale != scale:
             place(site, down, up, scale=scale)
     if len(subject.adapters) > 1:
         subject.model.set_adapter(contestant.adapter)
+
+
+def _label(source: str) -> str:
+    return source.rstrip("/").rpartition("/")[2] or source
 
 
 def _as_loaded(model: Any, name: str) -> tuple[_Placed, ...]:

@@ -6,9 +6,9 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from lora_squeeze.records import MomentsSummary
+from lora_squeeze.records import Estimate, Evaluated, Evaluation, MomentsSummary
 
-__all__ = ["moments_table"]
+__all__ = ["evaluation_table", "moments_table"]
 
 
 def moments_table(summary: MomentsSummary) -> RenderableType:
@@ -30,3 +30,72 @@ def moments_table(summary: MomentsSummary) -> RenderableType:
             f"(first: {escape(summary.unreached[0])})"
         )
     return Group(*parts)
+
+
+def evaluation_table(evaluation: Evaluation) -> RenderableType:
+    """One row an adapter: what it scored, and what the difference to the first is worth."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("Adapter", overflow="fold")
+    for heading in ("Rank", "Parameters"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    metrics = list(evaluation.original.metrics)
+    for metric in metrics:
+        table.add_column(metric.capitalize(), justify="right", no_wrap=True)
+        if _compared(evaluation, metric):
+            table.add_column("against the first", no_wrap=True)
+    for one in evaluation.adapters:
+        table.add_row(
+            escape(one.adapter),
+            str(one.rank or "–"),
+            f"{one.parameters:,}" if one.parameters else "–",
+            *(cell for metric in metrics for cell in _cells(evaluation, one, metric)),
+        )
+    counted = f", {evaluation.tokens:,} tokens count" if evaluation.tokens else ""
+    return Group(
+        f"Base model: {escape(evaluation.base)}",
+        f"Data: {escape(evaluation.data)} ({evaluation.examples:,} examples{counted})",
+        "",
+        table,
+        "",
+        "In brackets: where 95 % of paired bootstrap draws lie. Within noise: the interval of the difference holds 0.",
+        *(f"[yellow]Note:[/yellow] {escape(note)}" for note in evaluation.notes),
+    )
+
+
+def _compared(evaluation: Evaluation, metric: str) -> bool:
+    return any(one.metrics[metric].difference is not None for one in evaluation.adapters)
+
+
+def _cells(evaluation: Evaluation, one: Evaluated, metric: str) -> list[str]:
+    estimate = one.metrics[metric]
+    if not _compared(evaluation, metric):
+        return [f"{_number(metric, estimate.value)} {_between(metric, estimate.low, estimate.high)}"]
+    return [_number(metric, estimate.value), _difference(metric, estimate)]
+
+
+def _difference(metric: str, estimate: Estimate) -> str:
+    low, high = estimate.difference_low, estimate.difference_high
+    if estimate.difference is None or low is None or high is None:
+        return _between(metric, estimate.low, estimate.high)
+    if estimate.verdict == "same":
+        return "the same"
+    style = {"worse": "red", "better": "green"}.get(estimate.verdict, "dim")
+    said = f" [{style}]{estimate.verdict}[/{style}]" if estimate.verdict else ""
+    return f"{_signed(metric, estimate.difference)} {_between(metric, low, high, signed=True)}{said}"
+
+
+def _between(metric: str, low: float, high: float, *, signed: bool = False) -> str:
+    text = _signed if signed else _number
+    return escape(f"[{text(metric, low)}, {text(metric, high)}]")
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{value:.1%}" if _is_share(metric) else f"{value:.4g}"
+
+
+def _signed(metric: str, value: float) -> str:
+    return f"{100 * value:+.1f}" if _is_share(metric) else f"{value:+.3g}"
+
+
+def _is_share(metric: str) -> bool:
+    return metric.partition(" ")[0] in ("accuracy", "accuracy-norm", "agreement", "acc", "acc_norm", "exact_match")

@@ -1,0 +1,409 @@
+"""What adapters score: against numbers computed one example at a time, in place against from disk, with intervals."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from evaluated import save_adapter
+from peft import PeftModel
+from tiny import save_tiny_bert, save_tiny_llama
+from torch.nn import functional
+
+from lora_squeeze import decompose, fixed, squeeze
+from lora_squeeze.cli import main
+from lora_squeeze.data import Choice, Labelled, Text, read_examples
+from lora_squeeze.encoding import IGNORED
+from lora_squeeze.errors import AdapterError, DataError, MissingExtra, ModelError
+from lora_squeeze.evaluation.bootstrap import estimates
+from lora_squeeze.evaluation.measure import evaluate, run, squeezed, trial_of
+from lora_squeeze.evaluation.rows import rows_of
+from lora_squeeze.evaluation.subject import activate, loaded, open_subject, without_adapter
+from lora_squeeze.models import load_model
+from lora_squeeze.records import Ranks
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    language, classifier = save_tiny_llama(folder / "llama"), save_tiny_bert(folder / "bert")
+    save_adapter(language, folder / "a", size=0.15)
+    save_adapter(language, folder / "b", seed=1, r=3, size=0.15)
+    save_adapter(classifier, folder / "c", task="SEQ_CLS", target_modules=["query", "value", "dense"])
+    save_adapter(classifier, folder / "d", task="SEQ_CLS", seed=1, target_modules=["query"])
+    return folder
+
+
+def language_subject(world, *names):
+    return open_subject([str(world / name) for name in names or ("a",)], base=str(world / "llama"), dtype="f32")
+
+
+def classifier_subject(world, examples, *names):
+    paths = [str(world / name) for name in names or ("c",)]
+    return open_subject(paths, base=str(world / "bert"), examples=examples, dtype="f32")
+
+
+def one_by_one(model, rows):
+    """Log-probabilities at the positions that count, of every row without any padding."""
+    for row in rows:
+        ids, labels = torch.tensor([row.encoded.input_ids]), torch.tensor(row.encoded.labels[1:])
+        with torch.no_grad():
+            log_p = functional.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+        yield row, log_p[labels != IGNORED], labels[labels != IGNORED]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("source", ["builtin:texts:5", "builtin:sums:6", "builtin:chat:3"])
+def test_loss_divergence_and_agreement_of_texts(world, source, batch_size):
+    subject = language_subject(world, "a", "b")
+    trial = trial_of(subject, read_examples(source), batch_size=batch_size)
+    contestants = [loaded(subject), loaded(subject, "adapter1"), without_adapter()]
+    found = evaluate(subject, contestants, trial, draws=100)
+    models = [
+        PeftModel.from_pretrained(load_model(str(world / "llama"), dtype="f32"), str(world / name)).eval()
+        for name in "ab"
+    ]
+    runs = [list(one_by_one(model, trial.rows)) for model in (*models, load_model(str(world / "llama"), dtype="f32"))]
+    for evaluated, own in zip(found.adapters, runs, strict=True):
+        losses = torch.cat([-log_p.gather(1, wanted[:, None])[:, 0] for _, log_p, wanted in own])
+        log_p, log_q = (torch.cat([one[1] for one in rows]) for rows in (own, runs[0]))
+        metrics = {name: estimate.value for name, estimate in evaluated.metrics.items()}
+        assert metrics == pytest.approx(
+            {
+                "loss": float(losses.mean()),
+                "perplexity": float(losses.mean().exp()),
+                "divergence": float((log_q.exp() * (log_q - log_p)).sum(1).mean()),
+                "agreement": float((log_p.argmax(1) == log_q.argmax(1)).double().mean()),
+            },
+            rel=1e-4,
+            abs=1e-6,
+        )
+    assert found.tokens == len(losses)
+    assert found.examples == trial.count
+    assert found.original.metrics["divergence"].value == 0
+    assert found.original.metrics["agreement"].value == 1
+
+
+QUESTIONS = (
+    Choice("Which is a colour?", ("red", "seven apples", "to"), 0),
+    Choice("Which is a number?", ("seven", "red"), 1),
+    Choice("What follows?", ("b", "c", "d", "e"), 3),
+)
+
+
+def test_choices_are_scored_by_the_probability_of_each_answer(world):
+    subject = language_subject(world, "a", "b")
+    contestants = [loaded(subject), loaded(subject, "adapter1")]
+    trial = trial_of(subject, QUESTIONS, batch_size=4)
+    found = evaluate(subject, contestants, trial, draws=100)
+    originals = None
+    for contestant, evaluated in zip(contestants, found.adapters, strict=True):
+        activate(subject, contestant)
+        sums = {
+            (row.example, row.candidate): (log_p, wanted)
+            for row, log_p, wanted in one_by_one(subject.model, trial.rows)
+        }
+        logs = [
+            torch.stack(
+                [sums[number, k][0].gather(1, sums[number, k][1][:, None]).sum() for k in range(len(one.choices))]
+            )
+            for number, one in enumerate(QUESTIONS)
+        ]
+        originals = originals or logs
+        sizes = [torch.tensor([len(choice) for choice in one.choices]) for one in QUESTIONS]
+        right = [one.answer for one in QUESTIONS]
+        mean = lambda values: sum(map(float, values)) / len(QUESTIONS)  # noqa: E731
+        divergences = [
+            (q.softmax(0) * (q.log_softmax(0) - p.log_softmax(0))).sum() for p, q in zip(logs, originals, strict=True)
+        ]
+        metrics = {name: estimate.value for name, estimate in evaluated.metrics.items()}
+        assert metrics == pytest.approx(
+            {
+                "loss": mean(-p[k] for p, k in zip(logs, right, strict=True)),
+                "accuracy": mean(p.argmax() == k for p, k in zip(logs, right, strict=True)),
+                "accuracy-norm": mean((p / n).argmax() == k for p, n, k in zip(logs, sizes, right, strict=True)),
+                "divergence": mean(divergences),
+                "agreement": mean(p.argmax() == q.argmax() for p, q in zip(logs, originals, strict=True)),
+            },
+            rel=1e-4,
+            abs=1e-6,
+        )
+
+
+def test_a_language_model_can_be_asked_for_a_class(world):
+    subject = open_subject([str(world / "a")], base=str(world / "llama"), examples=read_examples("builtin:sentiment:4"))
+    assert subject.labels == ("negative", "positive")
+    examples = (Labelled("good", "positive"),)
+    rows = rows_of(examples, subject.tokenizer, task=subject.task, labels=subject.labels, prompt="Text: {text} It is")
+    texts = [subject.tokenizer.decode(row.encoded.input_ids) for row in rows]
+    assert texts == ["Text: good It is negative", "Text: good It is positive"]
+    learnt = [sum(label != IGNORED for label in row.encoded.labels) for row in rows]
+    assert learnt == [len(" negative"), len(" positive")]  # and no token for the end
+    found = evaluate(subject, [loaded(subject)], trial_of(subject, read_examples("builtin:sentiment:6")), draws=100)
+    assert set(found.original.metrics) == {"loss", "accuracy", "accuracy-norm", "divergence", "agreement"}
+
+
+def test_classifiers_with_heads_of_their_own(world):
+    examples = read_examples("builtin:sentiment:12")
+    subject = classifier_subject(world, examples, "c", "d")
+    found = evaluate(
+        subject, [loaded(subject), loaded(subject, "adapter1")], trial_of(subject, examples, batch_size=5), draws=100
+    )
+    for name, evaluated in zip("cd", found.adapters, strict=True):
+        base = load_model(
+            str(world / "bert"), task="sequence-classification", labels=("negative", "positive"), dtype="f32"
+        )
+        model = PeftModel.from_pretrained(base, str(world / name)).eval()
+        losses, right = [], []
+        for example in examples:
+            wanted = torch.tensor([("negative", "positive").index(example.label)])
+            with torch.no_grad():
+                logits = model(**subject.tokenizer(example.text, return_tensors="pt")).logits
+            losses.append(functional.cross_entropy(logits, wanted))
+            right.append(logits.argmax(-1) == wanted)
+        assert evaluated.metrics["loss"].value == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+        assert evaluated.metrics["accuracy"].value == pytest.approx(float(torch.cat(right).double().mean()))
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_lower_ranks_in_place_are_what_would_be_written(world, tmp_path, name):
+    examples = read_examples("builtin:sentiment:8" if name == "c" else "builtin:texts:4")
+    subject = classifier_subject(world, examples) if name == "c" else language_subject(world)
+    decomposition = decompose(subject.adapters["default"])
+    plans = [fixed(decomposition.spectra, 2), fixed(decomposition.spectra, 1)]
+    left_out = {layer: number % 2 for number, layer in enumerate(subject.adapters["default"].layers)}
+    plans.append(Ranks("some left out", left_out))
+    contestants = [loaded(subject), *squeezed(subject, decomposition, plans)]
+    in_place = run(subject, contestants, trial_of(subject, examples))
+    paths = [str(world / name)]
+    for number, plan in enumerate(plans):
+        paths.append(str(tmp_path / str(number)))
+        squeeze(decomposition, plan, paths[-1])
+    for path, scores, contestant in zip(paths, in_place, contestants, strict=True):
+        base = str(world / ("bert" if name == "c" else "llama"))
+        alone = open_subject([path], base=base, examples=examples, dtype="f32")
+        (expected,) = run(alone, [loaded(alone)], trial_of(alone, examples))
+        assert torch.allclose(scores["loss"][0], expected["loss"][0], rtol=1e-5)
+        assert contestant.parameters == alone.adapters["default"].parameters
+    # And the original is what it was.
+    again = run(subject, contestants[:1], trial_of(subject, examples))
+    assert torch.equal(again[0]["loss"][0], in_place[0]["loss"][0])
+
+
+def test_numbers_that_are_not_finite_are_an_error(world):
+    subject = language_subject(world)
+    subject.model.base_model.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"a: the model's numbers are NaN.*--dtype f32"):
+        run(subject, [loaded(subject)], trial_of(subject, read_examples("builtin:texts:2")))
+
+
+def test_data_that_do_not_fit_the_model(world):
+    subject = language_subject(world)
+    with pytest.raises(DataError, match=r"metric 'accuracy' cannot be had of texts; .*loss, perplexity"):
+        evaluate(subject, [loaded(subject)], trial_of(subject, (Text("one"),)), metrics=["accuracy"])
+    with pytest.raises(DataError, match="classifies texts"):
+        trial_of(classifier_subject(world, read_examples("builtin:sentiment:9")), (Text("one"),))
+    with pytest.raises(DataError, match="example 1 has no token whose loss counts"):
+        trial_of(subject, (Text("one"), Text("")), max_length=1)
+    with pytest.raises(DataError, match=r"no \{text\} in it"):
+        trial_of(subject, QUESTIONS, prompt="Question:")
+
+
+def test_classes_that_nobody_named_are_asked_for(world):
+    examples = tuple(Labelled("x", str(number)) for number in range(3))
+    with pytest.raises(DataError, match=r"head has 2 classes, and the data have 3.*--labels"):
+        classifier_subject(world, examples)
+
+
+def test_an_adapter_for_another_model_is_named(world):
+    with pytest.raises(AdapterError, match=r"d: cannot be loaded beside the first"):
+        open_subject([str(world / "a"), str(world / "d")], base=str(world / "llama"))
+
+
+# --- intervals --------------------------------------------------------------------------------------------------
+
+
+def scores_of(numbers, metric="accuracy", weights=None):
+    column = torch.as_tensor(numbers, dtype=torch.float64)
+    return {metric: (column, torch.ones_like(column) if weights is None else torch.as_tensor(weights).double())}
+
+
+def normal(count, *, mean=0.0, seed=0):
+    return mean + torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    numbers = normal(400)
+    (found,) = estimates([scores_of(numbers)], ["accuracy"])
+    error = float(numbers.std() / 20)
+    assert found["accuracy"].value == pytest.approx(float(numbers.mean()))
+    assert found["accuracy"].high - found["accuracy"].low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert found["accuracy"].verdict == ""
+
+
+def test_pairs_see_differences_that_are_smaller_than_the_spread():
+    numbers = normal(300)
+    first, second = estimates(
+        [scores_of(numbers, "loss"), scores_of(numbers + 0.01 + 0.02 * normal(300, seed=1), "loss")], ["loss"]
+    )
+    assert second["loss"].verdict == "worse"
+    assert second["loss"].difference_low > 0
+    assert first["loss"].low < second["loss"].low < first["loss"].high  # which the intervals alone do not show
+    assert estimates([scores_of(numbers), scores_of(numbers + 0.01)], ["accuracy"])[1]["accuracy"].verdict == "better"
+
+
+def test_the_same_and_noise_are_called_so():
+    numbers = normal(200)
+    same, noise = (
+        estimates([scores_of(numbers), scores_of(other)], ["accuracy"])[1]["accuracy"].verdict
+        for other in (numbers.clone(), numbers[torch.randperm(200, generator=torch.Generator().manual_seed(3))])
+    )
+    assert (same, noise) == ("same", "within noise")
+
+
+def test_a_difference_of_chance_is_called_noise_about_as_often_as_it_claims():
+    verdicts = [
+        estimates([scores_of(normal(100, seed=2 * k)), scores_of(normal(100, seed=2 * k + 1))], ["accuracy"], draws=300)
+        for k in range(200)
+    ]
+    noise = sum(one[1]["accuracy"].verdict == "within noise" for one in verdicts) / len(verdicts)
+    assert 0.89 <= noise <= 0.99
+
+
+def test_texts_weigh_as_many_tokens_as_they_have():
+    (found,) = estimates([scores_of([10.0, 1.0], "loss", [10, 1])], ["loss"])
+    assert found["loss"].value == pytest.approx(1.0)
+    (found,) = estimates(
+        [{"perplexity": (torch.tensor([2.0, 4.0]).double(), torch.tensor([2.0, 2.0]).double())}], ["perplexity"]
+    )
+    assert found["perplexity"].value == pytest.approx(torch.tensor(1.5).exp().item())
+
+
+def test_the_same_seed_gives_the_same_interval():
+    numbers = normal(50)
+    runs = [estimates([scores_of(numbers)], ["accuracy"], seed=seed)[0]["accuracy"] for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+# --- lm-eval ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A multiple-choice task of one's own: a YAML file and a data file."""
+    rows = [
+        {"question": f"{first} + {second} =", "choices": ["1", "5", "9"], "answer": (first + second) % 3}
+        for first in range(4)
+        for second in range(4)
+    ]
+    (tmp_path / "sums.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "sums.yaml").write_text(
+        "task: tiny_sums\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs:\n  data_files: {{test: {tmp_path / 'sums.json'}}}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
+        "metric_list:\n"
+        "  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+        "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
+    )
+    return tmp_path
+
+
+def test_a_task_of_lm_eval_by_name(world, task, tmp_path_factory, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    options = ["--task", "tiny_sums", "--include", task, "--ranks", "1", "--without-adapter", "--json"]
+    done = cli("evaluate", world / "a", world / "b", "--base", world / "llama", "--dtype", "f32", *options)
+    assert done.exit_code == 0, done.output
+    (record,) = json.loads(done.stdout)
+    assert record["data"] == "lm-eval tiny_sums"
+    assert record["examples"] == 16
+    assert [one["adapter"] for one in record["adapters"]] == ["a", "b", "a fixed=1", "no adapter"]
+    choices = tuple(
+        Choice(row["question"], tuple(row["choices"]), row["answer"])
+        for row in map(json.loads, (task / "sums.json").read_text().splitlines())
+    )
+    subject = language_subject(world, "a", "b")
+    ours = evaluate(
+        subject,
+        [loaded(subject), loaded(subject, "adapter1")],
+        trial_of(subject, choices, prompt="{text}"),
+        metrics=["accuracy"],
+        draws=100,
+    )
+    for theirs, own in zip(record["adapters"], ours.adapters, strict=False):
+        assert theirs["metrics"]["acc"]["value"] == pytest.approx(own.metrics["accuracy"].value)
+        assert theirs["metrics"]["acc"]["low"] <= theirs["metrics"]["acc"]["value"] <= theirs["metrics"]["acc"]["high"]
+    assert record["adapters"][1]["metrics"]["acc"]["verdict"] in ("same", "better", "worse", "within noise")
+    assert {"acc", "acc_norm"} <= set(record["adapters"][0]["metrics"])
+
+
+def test_tasks_that_do_not_exist_and_classifiers(world):
+    pytest.importorskip("lm_eval")
+    done = cli("evaluate", world / "a", "--base", world / "llama", "--task", "no_such_task")
+    assert done.exit_code == 1
+    assert "lm-eval knows no task 'no_such_task'" in done.output
+    done = cli("evaluate", world / "c", "--base", world / "bert", "--labels", "a,b", "--task", "no_such_task")
+    assert "this is a classifier" in done.output
+
+
+def test_without_lm_eval_the_extra_is_named(world, monkeypatch):
+    import lora_squeeze.evaluation.harness as harness
+
+    def missing(module, extra):
+        raise MissingExtra(module, extra)
+
+    monkeypatch.setattr(harness, "require", missing)
+    done = cli("evaluate", world / "a", "--base", world / "llama", "--task", "piqa")
+    assert "pip install 'lora-squeeze[lm-eval]'" in done.output
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def cli(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_table_says_what_is_noise(world):
+    done = cli(
+        "evaluate", world / "a", world / "b", "--base", world / "llama", "--data", "builtin:sums:20", "--ranks", "2,4"
+    )
+    assert done.exit_code == 0, done.output
+    lines = {line.split("  ")[0]: line for line in done.output.splitlines()}
+    assert {"a", "b", "a fixed=2", "a fixed=4"} <= set(lines)
+    assert "the same" in lines["a fixed=4"]
+    assert any(word in lines["b"] for word in ("worse", "better", "within noise"))
+    assert "20 examples" in done.output
+
+
+def test_columns_limit_and_metrics(world, tmp_path):
+    rows = [{"sentence": "good day", "sentiment": "positive"}, {"sentence": "bad", "sentiment": "negative"}] * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--columns", "text=sentence", "--columns", "label=sentiment", "--limit", "4", "--metric", "accuracy"]
+    done = cli("evaluate", world / "c", "--base", world / "bert", "--data", tmp_path / "rows.jsonl", *options, "--json")
+    assert done.exit_code == 0, done.output
+    (record,) = json.loads(done.stdout)
+    assert record["examples"] == 4
+    assert list(record["adapters"][0]["metrics"]) == ["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give --data"),
+        (["--data", "builtin:texts:2", "--task", "piqa"], "give --data"),
+        (["--data", "nothing.jsonl"], "no such file"),
+        (["--data", "builtin:texts:2", "--metric", "accuracy"], "cannot be had of texts"),
+        (["--data", "builtin:texts:2", "--calibration", "x"], "--calibration is for"),
+        (["--data", "builtin:texts:2", "--policy", "energie=1"], "unknown policy"),
+        (["--data", "builtin:texts:2", "--device", "warp"], "device"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(world, options, said):
+    done = cli("evaluate", world / "a", "--base", world / "llama", *options)
+    assert done.exit_code != 0
+    assert said in done.output
+    assert "Traceback" not in done.output
