@@ -19,7 +19,7 @@ THREADS := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-lm test fuzz faults wheel-test lint types bench clean
+.PHONY: help install demo demo-lm test fuzz faults wheel-test lint types bench bench-in-squeeze clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -53,6 +53,9 @@ types: $(VENV)/.dev ## check types
 
 bench: $(VENV)/.train ## run the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-in-squeeze: $(VENV)/.demo ## In-Squeeze against its alternatives; resumes (ARGS="--minutes 8" for a piece)
+	$(OFFLINE) $(THREADS) $(BIN)/python -m benchmarks.in_squeeze $(ARGS)
 
 clean: ## remove .venv, caches and everything the demos wrote
 	rm -rf $(VENV) .cache build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """In-Squeeze in a training loop of one's own, with everything that such loops have."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -417,3 +418,23 @@ def test_zero_3_is_refused_at_the_start():
 
 def test_schedules_are_records():
     assert Schedule.from_json(SCHEDULE.to_json()) == SCHEDULE
+
+
+def test_a_model_that_follows_can_be_copied_and_pickled(tmp_path):
+    model = build()
+    follow_loaded_ranks(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        small = build(r=3, lora_alpha=6)  # of the same scale
+        other.load_state_dict(small.state_dict())
+        assert (live_adapter(other).rank, live_adapter(model).rank) == (3, 8)
+        assert torch.equal(updates(other), updates(small))
+
+
+def test_the_frozen_copy_of_an_adapter_keeps_its_configuration():
+    """TRL makes one under the name "ref", with the very same configuration object."""
+    model = build()
+    model.add_adapter("ref", model.peft_config["default"])
+    assert model.peft_config["ref"] is model.peft_config["default"]
+    Squeezer(model, adamw(model), custom([(0, 2)], 5))
+    assert (model.peft_config["default"].r, model.peft_config["ref"].r) == (2, 8)
+    assert (live_adapter(model).rank, live_adapter(model, "ref").rank) == (2, 8)

@@ -14,7 +14,7 @@ import copy
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -31,10 +31,12 @@ __all__ = [
     "Factors",
     "Site",
     "adapter_config",
+    "factors_of",
     "live_adapter",
     "place",
     "put_factors",
     "record_ranks",
+    "site_of",
     "sites",
     "unwrapped",
 ]
@@ -121,7 +123,13 @@ def live_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
     Raises AdapterError if the model has no adapter of this name, UnsupportedAdapter, naming the module,
     for what is not a plain low-rank update.
     """
-    found = sites(model, adapter_name)
+    bare = factors_of(model, sites(model, adapter_name))
+    return replace(bare, pass_through=tuple(_companions(model, adapter_name)))
+
+
+def factors_of(model: nn.Module, found: Mapping[str, Site]) -> Adapter:
+    """The factors alone of some sites, as an Adapter."""
+    adapter_name = next(iter(found.values())).adapter
     places = {part: (site, index) for site in found.values() for index, part in enumerate(site.parts)}
 
     def load(name: str) -> LoraLayer:
@@ -135,7 +143,6 @@ def live_adapter(model: nn.Module, adapter_name: str = "default") -> Adapter:
         layers={spec.name: spec for site in found.values() for spec in site.specs()},
         load=load,
         borrow=load,
-        pass_through=tuple(_companions(model, adapter_name)),
         config=_plain(adapter_config(model, adapter_name).to_dict()),
     )
 
@@ -196,18 +203,14 @@ def _refill(parameter: nn.Parameter, tensor: Tensor) -> None:
     parameter.data = tensor
 
 
-def record_ranks(model: nn.Module, adapter_name: str) -> None:
+def record_ranks(model: nn.Module, adapter_name: str, found: Mapping[str, Site] | None = None) -> None:
     """Write the ranks and scales of the modules into the adapter's configuration."""
     config = adapter_config(model, adapter_name)
     configs: dict[str, Any] = unwrapped(model).peft_config  # pyright: ignore[reportAssignmentType]
     if any(other is config for name, other in configs.items() if name != adapter_name):
         # TRL gives the frozen copy of an adapter ("ref") the very same configuration.
         config = configs[adapter_name] = copy.copy(config)
-    # Only what follows from ranks and scales: the tensors beside them do not matter here.
-    found = sites(model, adapter_name)
-    layers = {spec.name: spec for site in found.values() for spec in site.specs()}
-    bare = Adapter("", "peft", layers, load=_nothing, borrow=_nothing, config=_plain(config.to_dict()))
-    values = config_for(bare)
+    values = config_for(factors_of(model, sites(model, adapter_name) if found is None else found))
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights"):
         setattr(config, field, values[field])
 
@@ -228,7 +231,7 @@ def sites(model: nn.Module, adapter_name: str = "default") -> dict[str, Site]:
     owners: dict[int, str] = {}
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, PeftLayer) and adapter_name in (*module.lora_A, *module.lora_embedding_A):
-            site = _site(name.removeprefix(PREFIX), module, adapter_name)
+            site = site_of(name.removeprefix(PREFIX), module, adapter_name)
             for parameter in (site.down, site.up):
                 # A tied embedding's parameters are transposed views of another's.
                 shared = owners.setdefault(parameter.data_ptr() or id(parameter), site.name)
@@ -263,7 +266,8 @@ def adapter_config(model: nn.Module, adapter_name: str) -> Any:
     return configs[adapter_name]
 
 
-def _site(name: str, module: Any, adapter: str) -> Site:
+def site_of(name: str, module: Any, adapter: str) -> Site:
+    """One LoRA module, by its name in a state dict (without PEFT's prefix)."""
     from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
     _check_plain(name, module, adapter)
@@ -364,7 +368,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return value.value if isinstance(value, Enum) else value
-
-
-def _nothing(name: str) -> LoraLayer:
-    raise LookupError(name)

@@ -8,12 +8,13 @@ loading) first gives every module the rank of the factors that are coming.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_squeeze.annealing.live import Site, place, record_ranks, sites, unwrapped
+from lora_squeeze.annealing.live import place, record_ranks, site_of, sites, unwrapped
 from lora_squeeze.annealing.replicas import rebuild_reducers
 
 __all__ = ["follow_loaded_ranks"]
@@ -24,39 +25,37 @@ def follow_loaded_ranks(model: nn.Module, adapter_name: str = "default") -> None
 
     Optimizers are not told: load their state afterwards, as every training script does.
     """
-    bare = unwrapped(model)
+    bare: Any = unwrapped(model)
     following: set[str] = bare.__dict__.setdefault("_follows_loaded_ranks", set())
     if adapter_name in following:
         return
     following.add(adapter_name)
-    changed: list[str] = []
+    # Partial functions that are told their module, so that the model can still be copied and pickled.
     for site in sites(bare, adapter_name).values():
-        site.module.register_load_state_dict_pre_hook(_hook(site, changed))
-
-    def finish(_module: nn.Module, _keys: Any) -> None:
-        if changed:
-            changed.clear()
-            record_ranks(bare, adapter_name)
-            rebuild_reducers(bare)
-
-    bare.register_load_state_dict_post_hook(finish)
+        site.module.register_load_state_dict_pre_hook(partial(_resize, adapter_name, site.key))
+    bare.register_load_state_dict_post_hook(partial(_record, adapter_name))
 
 
-def _hook(site: Site, changed: list[str]) -> Any:
-    adapter = site.adapter
-    down_key, up_key = (
-        (f"lora_embedding_A.{adapter}", f"lora_embedding_B.{adapter}")
-        if site.kind == "embedding"
-        else (f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight")
-    )
+def _resize(adapter: str, name: str, module: Any, state: Mapping[str, torch.Tensor], prefix: str, *_rest: Any) -> None:
+    """Give one module the rank of the factors that are about to be loaded."""
+    site = site_of(name, module, adapter)
+    if site.kind == "embedding":
+        down, up = (state.get(f"{prefix}lora_embedding_{factor}.{adapter}") for factor in "AB")
+    else:
+        down, up = (state.get(f"{prefix}lora_{factor}.{adapter}.weight") for factor in "AB")
+    if down is None or up is None or down.shape == site.down.shape:
+        return
+    if down.dim() != site.down.dim() or down.shape[1:] != site.down.shape[1:] or up.shape[0] != site.up.shape[0]:
+        return  # of another model: load_state_dict says so
+    place(site, site.down.new_zeros(down.shape), site.up.new_zeros(up.shape), scale=site.scale)
+    module._rank_was_loaded = True
 
-    def resize(_module: nn.Module, state: Mapping[str, torch.Tensor], prefix: str, *_rest: Any) -> None:
-        down, up = state.get(prefix + down_key), state.get(prefix + up_key)
-        if down is None or up is None or down.shape == site.down.shape:
-            return
-        if down.dim() != site.down.dim() or down.shape[1:] != site.down.shape[1:] or up.shape[0] != site.up.shape[0]:
-            return  # of another model: load_state_dict says so
-        place(site, site.down.new_zeros(down.shape), site.up.new_zeros(up.shape), scale=site.scale)
-        changed.append(site.name)
 
-    return resize
+def _record(adapter: str, model: nn.Module, _keys: Any) -> None:
+    """Once everything is loaded: the configuration, and the processes that share the parameters."""
+    loaded = [site.module for site in sites(model, adapter).values() if hasattr(site.module, "_rank_was_loaded")]
+    for module in loaded:
+        del module._rank_was_loaded
+    if loaded:
+        record_ranks(model, adapter)
+        rebuild_reducers(model)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_squeeze.annealing.live import live_adapter, sites
+from lora_squeeze.annealing.live import factors_of, sites
 from lora_squeeze.annealing.loading import follow_loaded_ranks
 from lora_squeeze.annealing.rates import Rates, apply_rates, warm, wrap_scheduler
 from lora_squeeze.annealing.replicas import check_processes
@@ -92,7 +92,8 @@ class Squeezer:
         wrap_scheduler(lr_scheduler, self._rates, schedule)
         if step == 0:
             self._begin_stage()
-        if not within(live_adapter(model, adapter_name).layers.values(), self.rank, uniform=self._uniform):
+        layers = factors_of(model, sites(model, adapter_name)).layers.values()
+        if not within(layers, self.rank, uniform=self._uniform):
             self._squeeze()
         self._warm()
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.annealing import eightbit
 from lora_squeeze.annealing.change import Change, change_to, decomposed
-from lora_squeeze.annealing.live import Site, live_adapter, place, record_ranks, sites, unwrapped
+from lora_squeeze.annealing.live import Site, factors_of, place, record_ranks, sites, unwrapped
 from lora_squeeze.annealing.replicas import agreed, check_processes, on_device, rebuild_reducers
 from lora_squeeze.annealing.transport import Carry, carried, check_optimizer, innermost
 from lora_squeeze.errors import RankError
@@ -127,15 +127,15 @@ def switch(
         check_optimizer(optimizer, state=state)
     found = sites(model, adapter_name)
     check_processes(model, found)
-    adapter = live_adapter(model, adapter_name)
+    adapter = factors_of(model, found)
     decision = agreed(lambda: _decide(adapter, choose, balance=balance))
     moved = {name: site for name, site in found.items() if _changes(site, decision)}
     carries = _carries(moved, decision)
     exchanges = [_exchange(site, carries) for site in moved.values()]
     states = [carried(optimizer, carries, state=state) for optimizer in optimizers]
-    _commit(model, adapter_name, exchanges, list(zip(optimizers, states, strict=True)))
+    _commit(model, found, exchanges, list(zip(optimizers, states, strict=True)))
     rebuild_reducers(model)
-    after = sum(spec.parameters for site in sites(model, adapter_name).values() for spec in site.specs())
+    after = sum(spec.parameters for site in found.values() for spec in site.specs())
     return replace(_report(decision, adapter), step=step, parameters_after=after, seconds=time.perf_counter() - start)
 
 
@@ -202,13 +202,14 @@ def _exchange(site: Site, carries: Mapping[nn.Parameter, Carry]) -> _Exchange:
 
 def _commit(
     model: nn.Module,
-    adapter_name: str,
+    found: Mapping[str, Site],
     exchanges: Sequence[_Exchange],
     states: Sequence[tuple[Optimizer, Mapping[nn.Parameter, dict[str, Any]]]],
 ) -> None:
     """Exchange everything; put everything back if that fails."""
     before = [_as_it_is(exchange.site) for exchange in exchanges]
     old_states = [{p: optimizer.state.get(p, {}) for p in new} for optimizer, new in states]
+    adapter_name = next(iter(found.values())).adapter
     configs: dict[str, Any] = unwrapped(model).peft_config  # pyright: ignore[reportAssignmentType]
     config, old_config = configs[adapter_name], dict(vars(configs[adapter_name]))
     try:
@@ -216,7 +217,7 @@ def _commit(
             _put(exchange)
         for optimizer, new in states:
             _put_states(optimizer, new)
-        record_ranks(model, adapter_name)
+        record_ranks(model, adapter_name, found)
     except BaseException:
         for exchange in before:
             _put(exchange)
