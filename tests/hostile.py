@@ -12,11 +12,15 @@ read it, and holds what holds for all of them:
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import resource
 import struct
+import tarfile
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +32,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lora_squeeze.cli import main
+from lora_squeeze.errors import FetchError
+from lora_squeeze.formats.unpacking import unpack
 
 Case = Mapping[str, bytes]
 
 CORPUS = Path(__file__).parent / "corpus"
 MEMORY = 512 << 20
+LIMIT = 1 << 20  # bytes that an archive may unpack to
 NO_MEMORY = "there is not enough memory"
 
 
@@ -45,6 +52,9 @@ def attempt(case: Case) -> None:
         for path, content in case.items():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_bytes(content)
+        if "archive" in case:
+            _attempt_archive()
+            return
         before = snapshot(Path())
         for number, command in enumerate(_commands(case)):
             output = Path(f"out-{number}", "x.safetensors")
@@ -59,6 +69,17 @@ def attempt(case: Case) -> None:
                 _judge(("verify",), checked := CliRunner().invoke(main, ["verify", str(output), command[1]]))
                 assert checked.exit_code == 0, f"{command}: {checked.output}"
                 before = after
+
+
+def _attempt_archive() -> None:
+    """What a fetched archive may do: become plain files in its folder, within a limit, or be refused."""
+    Path("out-0").mkdir()
+    with contextlib.suppress(FetchError):
+        unpack(Path("archive"), Path("out-0"), origin="tinker://x", limit=LIMIT)
+    found = sorted(Path("out-0").rglob("*"))
+    assert not [path for path in found if path.is_symlink() or not (path.is_file() or path.is_dir())]
+    assert sum(path.stat().st_size for path in found if path.is_file()) <= LIMIT
+    assert {path.name for path in Path().iterdir()} == {"archive", "out-0"}
 
 
 def _judge(command: tuple[str, ...], result: Any) -> None:
@@ -379,8 +400,6 @@ def cases_of_settings(draw: st.DrawFn) -> Case:
 
 @st.composite
 def cases_of_pickles(draw: st.DrawFn) -> Case:
-    import io
-
     found: dict[str, Any] = dict(tensors("peft"))
     for key in draw(st.lists(st.sampled_from(sorted(found)), max_size=1)):
         found[key] = draw(
@@ -402,6 +421,42 @@ def cases_of_pickles(draw: st.DrawFn) -> Case:
     return {"adapter/adapter_config.json": json.dumps(CONFIG).encode(), "adapter/adapter_model.bin": weights}
 
 
+ARCHIVED = (
+    "adapter_config.json", "sub/adapter_model.safetensors", "../out", "/tmp/lora-squeeze-fuzz", "a/../../b", "..", ".",
+    "", "C:\\\\x", "a\\\\..\\\\b", "a\0b", "con", "x" * 300, "a/" * 200 + "b", "é", "\x1b[2J", "a", "a/b",
+)  # fmt: skip
+
+
+KINDS = (
+    tarfile.REGTYPE, tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE,
+    tarfile.CHRTYPE, tarfile.FIFOTYPE,
+)  # fmt: skip
+
+
+@st.composite
+def cases_of_archives(draw: st.DrawFn) -> Case:
+    names = st.lists(st.sampled_from(ARCHIVED), min_size=1, max_size=4)
+    content = st.sampled_from([b"", b"{}", bytes(2 * LIMIT), bytes(LIMIT)])
+    file = io.BytesIO()
+    if draw(st.booleans()):
+        with warnings.catch_warnings(), zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            warnings.simplefilter("ignore")  # a name that comes twice
+            for name in draw(names):
+                entry_ = zipfile.ZipInfo(name)
+                entry_.external_attr = draw(st.sampled_from([0, 0o120777 << 16, 0o010644 << 16, 0o100644 << 16]))
+                archive.writestr(entry_, draw(content))
+    else:
+        with tarfile.open(fileobj=file, mode=draw(st.sampled_from(["w", "w:gz"]))) as archive:
+            for name in draw(names):
+                member = tarfile.TarInfo(name)
+                member.type = draw(st.sampled_from(KINDS))
+                member.linkname = draw(st.sampled_from(ARCHIVED))
+                data = draw(content)
+                member.size = len(data) if member.isreg() else 0
+                archive.addfile(member, io.BytesIO(data) if member.isreg() else None)
+    return {"archive": draw(mutated(file.getvalue()))}
+
+
 TARGETS = {
     "safetensors headers": cases_of_headers(),
     "adapter configurations": cases_of_configurations(),
@@ -409,6 +464,7 @@ TARGETS = {
     "plans of ranks": cases_of_plans(),
     "settings": cases_of_settings(),
     "pickles": cases_of_pickles(),
+    "archives": cases_of_archives(),
 }
 
 

@@ -163,7 +163,8 @@ def _zip_members(file: IO[bytes]) -> Iterator[_Member]:
             mode = stat.S_IFMT(info.external_attr >> 16)
             odd = {stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "named pipe"}.get(mode, "device")
             plain = mode in (0, stat.S_IFREG, stat.S_IFDIR)
-            yield _Member(info.filename, lambda info=info: archive.open(info), "" if plain else odd, info.is_dir())
+            folder = info.filename.endswith("/")  # zipfile's own is_dir() fails for a name that is empty
+            yield _Member(info.filename, lambda info=info: archive.open(info), "" if plain else odd, folder)
 
 
 class _Bounded(io.RawIOBase):
@@ -182,7 +183,10 @@ class _Bounded(io.RawIOBase):
         return self.last
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:
+            raise zipfile.BadZipFile("it points to a place before its beginning") from error
 
     def tell(self) -> int:
         return self._file.tell()
