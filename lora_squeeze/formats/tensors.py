@@ -150,8 +150,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     try:
         with path.open("rb") as file:
             identity = _identity(file.fileno())
-            # framework="numpy" is the one that imports nothing until a tensor is asked for.
-            with safe_open(path, framework="numpy"):
+            with safe_open(path, framework="pt"):  # "numpy" would import that as well
                 pass
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = parse_json(file.read(length))
