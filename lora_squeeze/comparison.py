@@ -12,11 +12,11 @@ from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import POLICIES, Cost, fixed, params, size
 from lora_squeeze.records import Outcome, Ranks, Spectrum
 
-__all__ = ["compare_policies", "outcome_of", "policies_at"]
+__all__ = ["ENDS", "compare_policies", "outcome_of", "policies_at"]
 
 _HALVINGS = 30
 # The ends between which a policy's value is sought: from hardly anything kept to everything.
-_ENDS: dict[str, tuple[float, float]] = {
+ENDS: dict[str, tuple[float, float]] = {
     "variance": (1e-6, 1.0),
     "energy": (1e-6, 1.0),
     "cumulative": (1e-6, 1.0),
@@ -54,7 +54,7 @@ def policies_at(spectra: Sequence[Spectrum], fraction: float, *, cost: Cost, lim
     budget = math.floor(fraction * sum(s.rank * s.component_size for s in spectra))
     fixed_plans = (fixed(spectra, rank, limits=limits) for rank in every_rank)
     plans = [plan for plan in fixed_plans if _parameters(spectra, plan) <= budget][-1:]
-    for name, ends in _ENDS.items():
+    for name, ends in ENDS.items():
         options: dict[str, Any] = {"candidates": every_rank} if name == "variance" else {}
         plan = _largest_within(partial(_plan, name, spectra, limits=limits, **options), ends, spectra, budget)
         plans += [plan] if plan else []

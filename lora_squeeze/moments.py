@@ -22,7 +22,7 @@ from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats.folder import check_output, new_file
 from lora_squeeze.formats.tensors import Block, TensorSpec, read_safetensors, sha256_of_file, write_safetensors
-from lora_squeeze.records import MomentsSummary
+from lora_squeeze.measurements import MomentsSummary
 from lora_squeeze.version import __version__
 
 __all__ = ["LayerMoments", "Moments", "Seen", "check_moments", "merge_moments", "read_moments", "save_moments"]

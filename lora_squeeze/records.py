@@ -24,11 +24,7 @@ __all__ = [
     "Check",
     "Compression",
     "DoraErrors",
-    "Estimate",
-    "Evaluated",
-    "Evaluation",
     "LayerVariance",
-    "MomentsSummary",
     "Outcome",
     "Ranks",
     "Spectrum",
@@ -36,7 +32,6 @@ __all__ = [
     "Verdict",
     "Verification",
     "error_over_all",
-    "evaluations_to_json",
     "outcomes_to_json",
 ]
 
@@ -291,83 +286,6 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A measured number with the middle 95 % of its bootstrap draws, and its difference to the original's.
-
-    verdict
-        "better", "worse", "within noise" or "same", of the difference; "" where there is none.
-    """
-
-    value: float
-    low: float
-    high: float
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What one adapter scored. metrics: name → number; rank and parameters are 0 for the model without any."""
-
-    adapter: str
-    rank: int
-    parameters: int
-    metrics: dict[str, Estimate]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What adapters do to their model on data; the first is the one that the others are compared with.
-
-    data
-        what the examples were read from, or the name of an lm-eval task.
-    tokens
-        how many counted in the loss; 0 where that is not known.
-    """
-
-    base: str
-    data: str
-    examples: int
-    tokens: int
-    adapters: tuple[Evaluated, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def original(self) -> Evaluated:
-        """The first adapter."""
-        return self.adapters[0]
-
-    def to_json(self) -> str:
-        """All fields."""
-        return _to_json(self)
-
-
-@dataclass(frozen=True)
-class MomentsSummary:
-    """What a file of moments holds: how many tokens of which data, seen by how many layers of which adapter.
-
-    unreached
-        layers that the data never got to.
-    """
-
-    path: str
-    adapter_sha256: str
-    base_model: str
-    layers: int
-    unreached: tuple[str, ...]
-    tokens: int
-    examples: int
-    gradients: bool
-    sources: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """All fields."""
-        return _to_json(self)
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a plan of ranks keeps and costs, known before anything is computed.
 
@@ -396,11 +314,6 @@ def error_over_all(layers: Iterable[SqueezedLayer]) -> float:
     energy = sum(layer.spectrum.energy for layer in layers)
     lost = sum(layer.spectrum.energy * layer.relative_error**2 for layer in layers)
     return (lost / energy) ** 0.5 if energy > 0 else 0.0
-
-
-def evaluations_to_json(evaluations: Iterable[Evaluation]) -> str:
-    """A JSON list of these records."""
-    return json.dumps([dataclasses.asdict(one) for one in evaluations], indent=1, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lora_squeeze.cli.check import check_command
 from lora_squeeze.cli.compare import compare_command
 from lora_squeeze.cli.compress import compress_command
 from lora_squeeze.cli.convert import convert_command
+from lora_squeeze.cli.curve import curve_command
 from lora_squeeze.cli.evaluate import evaluate_command
 from lora_squeeze.cli.merge import merge_command
 from lora_squeeze.cli.output import printable
@@ -102,6 +103,7 @@ for command in (
     train_command,
     continue_command,
     evaluate_command,
+    curve_command,
     run_command,
 ):
     main.add_command(command)

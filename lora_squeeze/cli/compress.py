@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from lora_squeeze.cli.data_options import DataOptions, data_options
 from lora_squeeze.cli.decomposing import decomposed
+from lora_squeeze.cli.keep import compress_keeping
 from lora_squeeze.cli.options import (
     RankOptions,
     as_json,
@@ -21,6 +24,7 @@ from lora_squeeze.cli.options import (
 from lora_squeeze.cli.output import print_record, progress
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.limits import Limits
+from lora_squeeze.measurements import CRITERIA
 
 if TYPE_CHECKING:
     from lora_squeeze import Adapter, Decomposition, Ranks
@@ -35,12 +39,16 @@ __all__ = ["choose", "chosen_policies", "compress_command"]
 @click.option("--retain", type=float, help="Retained variance: --policy variance=RETAIN.")
 @click.option("--ranks", "ranks_file", type=click.Path(path_type=Path), help="A plan from lora-squeeze plan.")
 @dtype_option
-@click.option("--base", type=click.Path(), help="DoRA: folder or file of the base weights, to fit the magnitudes.")
+@click.option("--base", type=click.Path(), help="The base model: for --keep; for DoRA, to fit the magnitudes.")
+@click.option("--keep", type=float, help="The smallest adapter that keeps this share of the quality on --data.")
+@click.option("--metric", type=click.Choice(CRITERIA), default="loss", help="For --keep.")
+@click.option("--confident", is_flag=True, help="For --keep: in 95% of bootstrap draws, too.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @runtime_options()
 @rank_options
 @calibration_option
+@data_options(model="model-", required=False, base=False)
 @compute_options
 @as_json
 def compress_command(
@@ -51,12 +59,16 @@ def compress_command(
     ranks_file: Path | None,
     dtype: str | None,
     base: str | None,
+    keep: float | None,
+    metric: str,
+    confident: bool,
     overwrite: bool,
     layers: bool,
     runtime: str,
     max_lora_rank: int | None,
     rank_options: RankOptions,
     calibration: Path | None,
+    data_options: DataOptions,
     method: str,
     device: str,
     as_json: bool,
@@ -65,7 +77,8 @@ def compress_command(
 
     Without a policy, the smallest rank that retains 95 % of the variance is taken. Several policies
     write several adapters, OUTPUT/POLICY each, from one decomposition. OUTPUT has the format of PATH:
-    a folder for PEFT, a .safetensors file for kohya and diffusers.
+    a folder for PEFT, a .safetensors file for kohya and diffusers. With --keep, the adapter is run on
+    data: the smallest one of the --policy (by name, default params) that is still good enough is written.
     """
     from lora_squeeze import squeeze
     from lora_squeeze.formats import check_output_of
@@ -74,6 +87,30 @@ def compress_command(
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     policies = chosen_policies(rank, retain, ranks_file, rank_options)
+    if keep is not None:
+        if policies != rank_options.policies or ranks_file is not None:
+            raise click.UsageError("--keep seeks the ranks itself: leave out --rank, --retain and --ranks")
+        compress_keeping(
+            path,
+            output,
+            keep=keep,
+            metric=metric,
+            confident=confident,
+            rank_options=rank_options,
+            data_options=replace(data_options, base=base or ""),
+            calibration=calibration,
+            method=method,
+            device=device,
+            as_json=as_json,
+            layers=layers,
+            dtype=dtype,
+            runtime=runtime,
+            max_lora_rank=max_lora_rank,
+            overwrite=overwrite,
+        )
+        return
+    if data_options.data or confident:
+        raise click.UsageError("--data and --confident belong to --keep")
     adapter = open_source(path)
     suffix = ".safetensors" if adapter.single_file else ""
     outputs = [Path(output)] if len(policies) < 2 else [Path(output, policy + suffix) for policy in policies]

@@ -54,22 +54,26 @@ def _parse_labels(_context: click.Context, _option: click.Parameter, text: str) 
     return tuple(label.strip() for label in text.split(",") if label.strip())
 
 
-def data_options(*, model: str = "", required: bool = True) -> Callable[[Command], Command]:
+def data_options(*, model: str = "", required: bool = True, base: bool = True) -> Callable[[Command], Command]:
     """--base, --data and how they are run; the command gets them as one DataOptions.
 
     model
         a prefix for --dtype and --device, in commands that have others of these names.
+    base
+        whether to add --base; a command that has its own fills it in.
     """
 
     def add(command: Command) -> Command:
         def with_data(**values: Any) -> Any:
             names = DataOptions.__dataclass_fields__
-            return command(data_options=DataOptions(**{name: values.pop(f"run_{name}") for name in names}), **values)
+            return command(
+                data_options=DataOptions(**{name: values.pop(f"run_{name}", "") for name in names}), **values
+            )
 
         with_data.__doc__, with_data.__name__ = command.__doc__, command.__name__
         decorated: Any = with_data
         decorated.__click_params__ = list(getattr(command, "__click_params__", []))
-        for option in _options(model, required):
+        for option in _options(model, required)[: None if base else -1]:
             decorated = option(decorated)
         return decorated
 

@@ -14,7 +14,7 @@ from lora_squeeze.cli.output import print_table, progress, progress_of
 
 if TYPE_CHECKING:
     from lora_squeeze.evaluation.subject import Contestant, Subject
-    from lora_squeeze.records import Evaluation
+    from lora_squeeze.measurements import Evaluation
 
 __all__ = ["evaluate_command"]
 
@@ -55,7 +55,7 @@ def evaluate_command(
     The base model is loaded once; adapters, and lower ranks of the first, are swapped in place.
     Differences come with bootstrap intervals, and those of noise are called noise.
     """
-    from lora_squeeze.records import evaluations_to_json
+    from lora_squeeze.measurements import evaluations_to_json
     from lora_squeeze.report.quality import evaluation_table
 
     if bool(tasks) == bool(data_options.data):

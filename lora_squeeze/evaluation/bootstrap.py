@@ -7,16 +7,16 @@ the draws says how far it could be chance. What two adapters get right and wrong
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lora_squeeze.evaluation.scoring import RELATIVE, Scores
-from lora_squeeze.records import Estimate
+from lora_squeeze.measurements import Estimate
 
-__all__ = ["DRAWS", "HIGHER_IS_BETTER", "estimates", "judged"]
+__all__ = ["DRAWS", "HIGHER_IS_BETTER", "estimates", "judged", "share_of_draws"]
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -44,6 +44,15 @@ def estimates(
         first = None if number == 0 or metric in RELATIVE else names.index((0, metric))
         found[number][metric] = _estimate(metric, values, drawn, place, first)
     return found
+
+
+def share_of_draws(
+    columns: Sequence[tuple[Tensor, Tensor]], holds: Callable[[list[float]], bool], *, draws: int = DRAWS, seed: int = 0
+) -> float:
+    """In which share of the draws something holds of the ratios of these columns (a, b), drawn together."""
+    sums = torch.stack([torch.stack(pair) for pair in columns])
+    drawn = torch.cat([_ratio(part) for part in _draws(sums, draws, seed)], dim=1)
+    return sum(holds(one) for one in drawn.T.tolist()) / draws
 
 
 def _draws(sums: Tensor, draws: int, seed: int) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from lora_squeeze.evaluation.bootstrap import DRAWS, estimates, judged
 from lora_squeeze.evaluation.scoring import Scores
 from lora_squeeze.evaluation.subject import Contestant, Subject, activate
 from lora_squeeze.extras import require
-from lora_squeeze.records import Estimate, Evaluated, Evaluation
+from lora_squeeze.measurements import Estimate, Evaluated, Evaluation
 
 __all__ = ["evaluate_tasks"]
 

@@ -12,7 +12,8 @@ from lora_squeeze.evaluation.bootstrap import DRAWS, estimates
 from lora_squeeze.evaluation.rows import PROMPT, Kind, Row, batches_of, kind_of, rows_of
 from lora_squeeze.evaluation.scoring import Questions, Scores, metrics_for, questions_of, score
 from lora_squeeze.evaluation.subject import Contestant, Subject, contestant_of
-from lora_squeeze.records import Evaluated, Evaluation, Ranks
+from lora_squeeze.measurements import Evaluated, Evaluation
+from lora_squeeze.records import Ranks
 
 __all__ = ["Trial", "evaluate", "evaluated", "run", "squeezed", "trial_of"]
 

@@ -6,9 +6,10 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from lora_squeeze.records import Estimate, Evaluated, Evaluation, MomentsSummary
+from lora_squeeze.measurements import Curve, Estimate, Evaluated, Evaluation, Kept, MomentsSummary
+from lora_squeeze.report.table import bytes_text, compression_table
 
-__all__ = ["evaluation_table", "moments_table"]
+__all__ = ["curve_table", "evaluation_table", "kept_table", "moments_table"]
 
 
 def moments_table(summary: MomentsSummary) -> RenderableType:
@@ -59,6 +60,69 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
         "",
         "In brackets: where 95 % of paired bootstrap draws lie. Within noise: the interval of the difference holds 0.",
         *(f"[yellow]Note:[/yellow] {escape(note)}" for note in evaluation.notes),
+    )
+
+
+def kept_table(kept: Kept, *, layers: bool = False) -> RenderableType:
+    """The path to the smallest adapter that is good enough, and what was written."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("Tried")
+    for heading in ("Parameters", kept.metric.capitalize(), "", "holds in"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for step in kept.steps:
+        table.add_row(
+            step.policy,
+            f"{step.parameters:,}",
+            _number(kept.metric, step.value),
+            "passes" if step.passes else "[red]fails[/red]",
+            f"{step.confidence:.0%}",
+            style="bold" if step is kept.confirmed else None,
+        )
+    side = "at most" if kept.metric == "loss" else "at least"
+    surely = ", and in 95% of bootstrap draws" if kept.confident else ""
+    return Group(
+        f"Criterion: {kept.metric} {side} {_number(kept.metric, kept.limit)} (the original's is "
+        f"{_number(kept.metric, kept.original)}) on {kept.examples:,} examples{surely}",
+        "",
+        table,
+        "",
+        compression_table(kept.compression, layers=layers),
+    )
+
+
+def curve_table(curve: Curve) -> RenderableType:
+    """One row a policy and size: what it keeps and costs, and what it scores against the original."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("Policy")
+    for heading in ("Parameters", "Weights", "Largest rank", "Energy kept"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    metrics = list(curve.original.metrics)
+    for metric in metrics:
+        table.add_column(metric.capitalize(), justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+    own = curve.original
+    cells = [cell for metric in metrics for cell in (_number(metric, own.metrics[metric].value), "")]
+    table.add_row("original", f"{own.parameters:,}", "", str(own.rank), "", *cells, style="bold")
+    for point in sorted(curve.points, key=lambda one: -(one.outcome.fraction or 0)):
+        cells = []
+        for metric in metrics:
+            estimate = point.metrics[metric]
+            cells += [_number(metric, estimate.value), _difference(metric, estimate)]
+        table.add_row(
+            f"{point.outcome.policy} {point.label}".strip(),
+            f"{point.outcome.parameters:,}",
+            bytes_text(point.outcome.file_bytes),
+            str(point.outcome.largest_rank),
+            f"{point.outcome.energy_kept:.2%}",
+            *cells,
+        )
+    return Group(
+        f"Base model: {escape(curve.base)}",
+        f"Data: {escape(curve.data)} ({curve.examples:,} examples)",
+        "",
+        table,
+        "",
+        "Differences to the original, with the middle 95 % of paired bootstrap draws.",
     )
 
 

@@ -1,0 +1,104 @@
+"""lora-squeeze curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_squeeze.cli.data_options import DataOptions, data_options, opened, read, trial_for
+from lora_squeeze.cli.decomposing import decomposed
+from lora_squeeze.cli.options import as_json, calibration_option
+from lora_squeeze.cli.output import print_record, progress_of
+from lora_squeeze.errors import OutputError
+
+if TYPE_CHECKING:
+    from lora_squeeze.measurements import Curve
+
+__all__ = ["curve_command"]
+
+DEFAULT_POLICIES = ("fixed", "params")
+
+
+def _parse_fractions(_context: click.Context, _option: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(fraction) for fraction in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of fractions such as 0.5,0.25") from None
+
+
+@click.command("curve")
+@click.argument("adapter")
+@click.option(
+    "--policy", "policies", multiple=True, help="By name, as params.  Repeatable.  [default: fixed and params]"
+)
+@click.option(
+    "--params",
+    "fractions",
+    default="0.5,0.25,0.125,0.0625,0.03125",
+    callback=_parse_fractions,
+    help="Fractions of the parameters to measure at.",
+)
+@click.option("--metric", "metrics", multiple=True, help="loss, accuracy, …  Repeatable.  [default: all]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also a figure (.png, .svg, .pdf) or .json.")
+@click.option("--draws", type=click.IntRange(min=100), default=2000, help="Of the bootstrap.")
+@click.option("--seed", default=0, help="Of the bootstrap.")
+@calibration_option
+@data_options()
+@as_json
+def curve_command(
+    adapter: str,
+    policies: tuple[str, ...],
+    fractions: tuple[float, ...],
+    metrics: tuple[str, ...],
+    output: Path | None,
+    draws: int,
+    seed: int,
+    calibration: Path | None,
+    data_options: DataOptions,
+    as_json: bool,
+) -> None:
+    """Show quality against size: several policies at several sizes, measured in one pass.
+
+    With --calibration, every policy is drawn twice: truncated by weights, and on data.
+    """
+    from lora_squeeze.evaluation.curve import curve
+    from lora_squeeze.report.quality import curve_table
+
+    examples = read(data_options)
+    subject = opened(data_options, (adapter,), examples)
+    source = subject.adapters["default"]
+    decompositions = {"": decomposed(source, method="gram", device="cpu")}
+    if calibration is not None:
+        decompositions["on data"] = decomposed(source, method="gram", device="cpu", calibration=calibration)
+    trial = trial_for(subject, data_options, examples)
+    with progress_of("Measuring", trial.steps) as advance:
+        found = curve(
+            subject,
+            decompositions,
+            trial,
+            policies=policies or DEFAULT_POLICIES,
+            fractions=fractions,
+            metrics=metrics,
+            data=", ".join(data_options.data),
+            draws=draws,
+            seed=seed,
+            on_batch=advance,
+        )
+    if output is not None:
+        _write(found.to_json(), output) if output.suffix == ".json" else _draw(found, output)
+    print_record(found, curve_table, as_json=as_json)
+
+
+def _write(text: str, output: Path) -> None:
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
+
+
+def _draw(found: Curve, output: Path) -> None:
+    from lora_squeeze.report.curve_plot import plot_curve
+
+    plot_curve(found, output)
