@@ -29,7 +29,7 @@ from lora_squeeze.evaluation.measure import Trial, run, squeezed
 from lora_squeeze.evaluation.scoring import Scores, metrics_for
 from lora_squeeze.evaluation.subject import Contestant, Subject, contestant_of, loaded
 from lora_squeeze.formats import open_adapter, weights_size
-from lora_squeeze.measurements import KeepStep, Kept
+from lora_squeeze.measurements import CRITERIA, KeepStep, Kept
 from lora_squeeze.policies import POLICIES
 from lora_squeeze.records import Compression, Ranks
 from lora_squeeze.verbs import choose_ranks, full_rank, squeeze
