@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lora_squeeze.formats import open_adapter, save_adapter
     from lora_squeeze.policies import fixed, variance
     from lora_squeeze.records import Analysis, Check, Compression, Ranks, Spectrum, Verification
+    from lora_squeeze.upload import push
     from lora_squeeze.verbs import analyze_adapter, compress_adapter, squeeze
     from lora_squeeze.verification import verify
 
@@ -59,6 +60,7 @@ __all__ = [
     "decompose",
     "fixed",
     "open_adapter",
+    "push",
     "save_adapter",
     "squeeze",
     "variance",
@@ -77,6 +79,7 @@ _HOMES = {
     "formats": ("open_adapter", "save_adapter"),
     "policies": ("fixed", "variance"),
     "records": ("Analysis", "Check", "Compression", "Ranks", "Spectrum", "Verification"),
+    "upload": ("push",),
     "verbs": ("analyze_adapter", "compress_adapter", "squeeze"),
     "verification": ("verify",),
 }

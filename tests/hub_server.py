@@ -92,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts, body = self._parts(), self._body()
         if parts == ["api", "repos", "create"]:
             self._create(json.loads(body))
+        elif parts == ["api", "validate-yaml"]:
+            self._answer(200, {"errors": [], "warnings": []})
         elif parts[4:5] == ["preupload"]:
             files = json.loads(body)["files"]
             modes = {True: "lfs", False: "regular"}
@@ -132,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
             return
         siblings = [{"rfilename": file, "size": len(data)} for file, data in repo.commits[commit].items()]
-        self._answer(200, {"_id": "1", "id": name, "sha": commit, "siblings": siblings, "tags": [], "downloads": 0})
+        self._answer(200, {"_id": "1", "id": name, "sha": commit, "siblings": siblings, "private": repo.private})
 
     def _file(self, name: str, revision: str, file: str) -> None:
         repo = self._readable(name)
@@ -155,11 +157,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, wanted: dict[str, object]) -> None:
         if not self._authorized():
             return
-        name = f"{wanted['organization']}/{wanted['name']}"
+        name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
         if name in self.hub.repos:
             self._answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
             return
-        repo = self.hub.repos[name] = Repo(private=bool(wanted.get("private")))
+        repo = self.hub.repos[name] = Repo(private=bool(wanted.get("private")) or wanted.get("visibility") == "private")
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         self._answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": "1"})
 

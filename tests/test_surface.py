@@ -132,6 +132,8 @@ ORDER = [
     "report.training",
     "report",
     "report.table",
+    "report.card",
+    "upload",
     "report.quality",
     "report.curve_plot",
     "report.arrangement",

@@ -18,16 +18,17 @@ from lora_squeeze.cli.options import (
     calibration_option,
     compute_options,
     dtype_option,
+    push_options,
     rank_options,
     runtime_options,
 )
-from lora_squeeze.cli.output import print_record, progress
+from lora_squeeze.cli.output import print_record, progress, waiting
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.limits import Limits
 from lora_squeeze.measurements import CRITERIA
 
 if TYPE_CHECKING:
-    from lora_squeeze import Adapter, Decomposition, Ranks
+    from lora_squeeze import Adapter, Compression, Decomposition, Ranks
 
 __all__ = ["choose", "chosen_policies", "compress_command"]
 
@@ -45,6 +46,7 @@ __all__ = ["choose", "chosen_policies", "compress_command"]
 @click.option("--confident", is_flag=True, help="For --keep: in 95% of bootstrap draws, too.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.option("--layers", is_flag=True, help="Show every layer.")
+@push_options
 @runtime_options()
 @rank_options
 @calibration_option
@@ -64,6 +66,9 @@ def compress_command(
     confident: bool,
     overwrite: bool,
     layers: bool,
+    repo: str,
+    private: bool,
+    commit_message: str,
     runtime: str,
     max_lora_rank: int | None,
     rank_options: RankOptions,
@@ -87,10 +92,11 @@ def compress_command(
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     policies = chosen_policies(rank, retain, ranks_file, rank_options)
+    _check_push(repo, private, commit_message, policies if keep is None else ())
     if keep is not None:
         if policies != rank_options.policies or ranks_file is not None:
             raise click.UsageError("--keep seeks the ranks itself: leave out --rank, --retain and --ranks")
-        compress_keeping(
+        kept = compress_keeping(
             path,
             output,
             keep=keep,
@@ -108,6 +114,8 @@ def compress_command(
             max_lora_rank=max_lora_rank,
             overwrite=overwrite,
         )
+        if repo:
+            _push(kept.compression, repo, private=private, commit_message=commit_message, as_json=as_json)
         return
     if data_options.data or confident:
         raise click.UsageError("--data and --confident belong to --keep")
@@ -144,6 +152,29 @@ def compress_command(
         if plan is not plans[0] and not as_json:
             click.echo()
         print_record(compression, lambda record: compression_table(record, layers=layers), as_json=as_json)
+        if repo:
+            _push(compression, repo, private=private, commit_message=commit_message, as_json=as_json)
+
+
+def _check_push(repo: str, private: bool, commit_message: str, policies: tuple[str, ...]) -> None:
+    """Before anything is computed: whether it could be pushed at all."""
+    if not repo:
+        if private or commit_message:
+            raise click.UsageError("--private and --commit-message belong to --push")
+        return
+    if len(policies) > 1:
+        raise click.UsageError("--push puts one adapter on the Hub: give one policy")
+    from lora_squeeze.upload import check_push
+
+    check_push(repo)
+
+
+def _push(compression: Compression, repo: str, *, private: bool, commit_message: str, as_json: bool) -> None:
+    from lora_squeeze import push
+
+    with waiting(f"Pushing to {repo}"):
+        address = push(compression, repo, private=private or None, commit_message=commit_message)
+    click.echo(f"Pushed to {address}", err=as_json)
 
 
 def chosen_policies(

@@ -11,6 +11,7 @@ from lora_squeeze.cli.data_options import DataOptions, opened, read, trial_for
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.options import RankOptions
 from lora_squeeze.cli.output import print_record
+from lora_squeeze.measurements import Kept
 
 __all__ = ["compress_keeping"]
 
@@ -30,7 +31,7 @@ def compress_keeping(
     as_json: bool,
     layers: bool,
     **writing: Any,
-) -> None:
+) -> Kept:
     """Search, confirm, write and print. writing: dtype, runtime, max_lora_rank, overwrite."""
     from lora_squeeze.evaluation.keep import Criterion, keep_quality
     from lora_squeeze.formats import check_output_of
@@ -56,6 +57,7 @@ def compress_keeping(
         **writing,
     )
     print_record(kept, lambda record: kept_table(record, layers=layers), as_json=as_json)
+    return kept
 
 
 def _line(policy: str, passes: bool) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "compute_options",
     "dtype_option",
     "parse_ranks",
+    "push_options",
     "rank_options",
     "runtime_options",
     "spelled",
@@ -118,6 +119,17 @@ def dtype_option(command: Command) -> Command:
         callback=_parse_dtype,
         help="Of the new factors.  [default: as it was]",
     )(command)
+
+
+def push_options(command: Command) -> Command:
+    """--push, --private and --commit-message."""
+    for option in (
+        click.option("--commit-message", default="", metavar="TEXT", help="Of --push.  [default: the policy]"),
+        click.option("--private", is_flag=True, help="If --push makes the repository: for you alone."),
+        click.option("--push", "repo", default="", metavar="USER/REPO[@BRANCH]", help="Put it on the Hub as well."),
+    ):
+        command = option(command)
+    return command
 
 
 def runtime_options(*, required: bool = False) -> Callable[[Command], Command]:

@@ -82,3 +82,16 @@ def download_progress() -> Generator[Callable[[str, int, int], None], None, None
             bar.update(tasks[what], completed=done, total=total or None)
 
         yield show
+
+
+@contextmanager
+def waiting(what: str) -> Generator[None, None, None]:
+    """A line on stderr while something takes its time; only in a terminal, and gone at the end."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
