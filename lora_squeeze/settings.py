@@ -27,7 +27,7 @@ CHOICES = {
 class SqueezeSettings:
     """The `[squeeze]` section."""
 
-    adapter_path: str = ""  # folder of the adapter; required
+    adapter_path: str = ""  # a folder or file, or one on the Hub or at Tinker; required
     min_variance_retention: float = 0.95  # fraction of Σσ² to retain
     source_rank: int = 0  # expected rank; 0: [model].lora_rank, or else the tensors'
     target_ranks: list[int] = field(default_factory=list[int])  # candidates; []: powers of two

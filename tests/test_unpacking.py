@@ -244,6 +244,11 @@ def survives(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(CORPUS.glob("*")), ids=lambda file: file.name)
 def test_the_corpus(file, tmp_path):
     survives(file.read_bytes(), tmp_path)
+    if file.name.startswith("sound"):
+        assert unpacked(file.read_bytes(), tmp_path) == {"adapter_config.json": b"{}", "weights": bytes(100)}
+    else:
+        with pytest.raises(FetchError):
+            unpacked(file.read_bytes(), tmp_path, limit=10 * MB)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
