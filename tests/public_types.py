@@ -28,6 +28,7 @@ from lora_squeeze import (
     decompose,
     fixed,
     open_adapter,
+    push,
     save_adapter,
     squeeze,
     variance,
@@ -46,6 +47,7 @@ def whole_jobs(path: Path) -> None:
     assert_type(compression, Compression)
     assert_type(compression.relative_error, float)
     assert_type(compression.worst_layer.spectrum.name, str)
+    assert_type(push(compression, "user/repo@branch", private=True, commit_message="text"), str)
     verification = verify(path, "in", on_layer=print)
     assert_type(verification, Verification)
     assert_type(verification.checks, tuple[Check, ...])

@@ -10,6 +10,7 @@ import huggingface_hub.constants as hub_settings
 import pytest
 import torch
 from click.testing import CliRunner
+from hub_server import TOKEN, hub
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -17,7 +18,6 @@ from lora_squeeze import analyze_adapter, compress_adapter, open_adapter
 from lora_squeeze.cli import main
 from lora_squeeze.errors import AdapterError, FetchError
 from lora_squeeze.formats.hub import HubPath, choose_files, parse_hub_path
-from tests.hub_server import TOKEN, hub
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "a/b"}
 

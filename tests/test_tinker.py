@@ -9,6 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save
+from test_hub import adapter_files
+from test_unpacking import tar_bytes
+from tinker_server import KEY, SIGNATURE, tinker_service
 
 from lora_squeeze import compress_adapter, open_adapter
 from lora_squeeze.cli import main
@@ -18,9 +21,6 @@ from lora_squeeze.formats.downloads import download
 from lora_squeeze.formats.remote import cache_folder
 from lora_squeeze.formats.tinker import TinkerPath, parse_tinker_path
 from lora_squeeze.provenance import provenance_of
-from tests.test_hub import adapter_files
-from tests.test_unpacking import tar_bytes
-from tests.tinker_server import KEY, SIGNATURE, tinker_service
 
 rest_client = pytest.importorskip("tinker.lib.public_interfaces.rest_client")
 

@@ -6,13 +6,13 @@ import huggingface_hub.constants as hub_settings
 import pytest
 import yaml
 from click.testing import CliRunner
+from hub_server import TOKEN
+from test_hub import adapter_files, image_file, server  # noqa: F401
 
 from lora_squeeze import compress_adapter, open_adapter, push
 from lora_squeeze.cli import main
 from lora_squeeze.errors import OutputError, SettingsError
 from lora_squeeze.upload import check_push
-from tests.hub_server import TOKEN
-from tests.test_hub import adapter_files, image_file, server  # noqa: F401
 
 CARD = b"---\nlicense: mit\npipeline_tag: text-generation\n---\n\n# The large one\n"
 
