@@ -46,8 +46,7 @@ def test_nothing_unpickles_or_evaluates():
         found = [function for function, _ in calls(tree)]
         assert not {"eval", "exec", "compile", "os.system", "__import__"} & set(found), name
         assert not [function for function in found if function.endswith("extractall")], name
-        assert not [function for function in found if function.startswith("yaml.") and "safe_" not in function], name
-        assert "yaml.unsafe_load" not in found, name
+        assert not [one for one in found if one.startswith("yaml.") and not one.startswith("yaml.safe_")], name
 
 
 def test_code_of_a_model_is_not_trusted_by_default():
