@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 from evaluated import save_adapter
 from peft import PeftModel
+from test_hub import server  # noqa: F401
 from tiny import save_tiny_bert, save_tiny_llama
 from torch.nn import functional
 
@@ -213,6 +214,12 @@ def test_classes_that_nobody_named_are_asked_for(world):
     examples = tuple(Labelled("x", str(number)) for number in range(3))
     with pytest.raises(DataError, match=r"head has 2 classes, and the data have 3.*--labels"):
         classifier_subject(world, examples)
+
+
+def test_an_adapter_from_the_hub_is_loaded_from_its_copy(world, server):  # noqa: F811
+    server.add("user/repo", {file.name: file.read_bytes() for file in (world / "a").iterdir()})
+    subject = open_subject(["user/repo"], base=str(world / "llama"), dtype="f32")
+    assert subject.adapters["default"].origin.startswith("hf://user/repo@")
 
 
 def test_an_adapter_for_another_model_is_named(world):

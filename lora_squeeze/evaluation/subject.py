@@ -88,6 +88,7 @@ def open_subject(
     for path, adapter in zip(adapters, opened, strict=True):
         if adapter.format != "peft":
             raise AdapterError(f"{path}: is a {adapter.format} file; only PEFT adapters can be loaded onto a model")
+    adapters = [str(one.place) if one.origin else path for path, one in zip(adapters, opened, strict=True)]
     task: Task = "sequence-classification" if opened[0].config.get("task_type") == "SEQ_CLS" else "causal-lm"
     source = base or base_of(adapters[0])[0]
     known = _labels(adapters[0], opened[0], task, examples, labels)
