@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import Adapter
+from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats.folder import check_output, new_file
 from lora_squeeze.formats.tensors import Block, TensorSpec, read_safetensors, sha256_of_file, write_safetensors
@@ -165,7 +166,7 @@ def save_moments(moments: Moments, path: Path, *, overwrite: bool = False) -> No
         "seen": [asdict(one) for one in moments.seen],
     }
     blocks = [block for name, layer in moments.layers.items() for block in _blocks(name, layer)]
-    with new_file(path) as file:
+    with new_file(path, overwrite=overwrite) as file:
         write_safetensors(file, blocks, {ENTRY: json.dumps(stated, ensure_ascii=False)})
 
 
@@ -175,7 +176,7 @@ def read_moments(path: Path) -> Moments:
     if ENTRY not in file.metadata:
         raise AdapterError(f"{path}: holds no moments; make them with lora-squeeze calibrate")
     try:
-        stated = json.loads(file.metadata[ENTRY])
+        stated = parse_json(file.metadata[ENTRY])
         layers = {
             name: LayerMoments(
                 down=file.read(f"{name}.down"),

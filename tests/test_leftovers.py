@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from adapters import pair, snapshot, write_raw
@@ -154,3 +155,23 @@ def test_a_command_that_is_told_to_end_clears_up(tmp_path, number):
     assert "Traceback" not in said
     assert names(tmp_path) == {"adapter"}
     assert snapshot(source) == before
+
+
+def test_a_plan_is_written_whole_and_never_over_the_adapter(tmp_path, source):
+    from click.testing import CliRunner
+
+    from lora_squeeze.cli import main
+
+    def plan(output):
+        return CliRunner().invoke(main, ["plan", str(source), "--policy", "fixed=2", "-o", str(output)])
+
+    before = snapshot(source)
+    refused = plan(source / "adapter_config.json")
+    assert refused.exit_code == 1
+    assert "file of the adapter itself" in refused.stderr
+    assert snapshot(source) == before
+    for _ in range(2):
+        assert plan(tmp_path / "ranks.json").exit_code == 0
+    assert plan("/dev/null").exit_code == 0
+    assert not Path("/dev/null").is_file()
+    assert names(tmp_path) == {"adapter", "ranks.json"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +20,9 @@ from lora_squeeze.cli.options import (
 from lora_squeeze.cli.output import print_record
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.errors import OutputError
+
+if TYPE_CHECKING:
+    from lora_squeeze import Ranks
 
 __all__ = ["plan_command"]
 
@@ -56,6 +60,10 @@ def plan_command(
     if len(rank_options.policies) > 1:
         raise click.UsageError("a plan has one --policy; lora-squeeze compare shows several")
     adapter = open_source(path)
+    if output is not None and output.is_file() and adapter.place is not None:
+        source = adapter.place.resolve()
+        if source in (output.resolve(), *output.resolve().parents):
+            raise OutputError(f"{output}: is a file of the adapter itself; choose another output")
     decomposition = decomposed(adapter, method=method, device=device, calibration=calibration)
     ranks = choose_ranks(
         decomposition,
@@ -68,8 +76,19 @@ def plan_command(
     )
     found = outcome(decomposition, ranks, dtype=dtype, runtime=runtime)
     if output is not None:
+        _write(ranks, output)
+    print_record(ranks, lambda plan: plan_table(plan, found), as_json=as_json)
+
+
+def _write(ranks: Ranks, output: Path) -> None:
+    from lora_squeeze.formats.folder import new_file
+
+    text = ranks.to_json() + "\n"
+    if output.exists() and not output.is_file():  # a pipe, or /dev/stdout: nothing to put in its place
         try:
-            output.write_text(ranks.to_json() + "\n", encoding="utf-8")
+            output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
-    print_record(ranks, lambda plan: plan_table(plan, found), as_json=as_json)
+        return
+    with new_file(output, overwrite=True) as file:
+        file.write_text(text, encoding="utf-8")
