@@ -12,7 +12,9 @@ from typing import Any
 import click
 
 from lora_squeeze.cli.analyze import analyze_command
+from lora_squeeze.cli.batch import batch_command
 from lora_squeeze.cli.calibrate import calibrate_command
+from lora_squeeze.cli.campaign import campaign_command
 from lora_squeeze.cli.check import check_command
 from lora_squeeze.cli.compare import compare_command
 from lora_squeeze.cli.compress import compress_command
@@ -104,6 +106,8 @@ for command in (
     continue_command,
     evaluate_command,
     curve_command,
+    campaign_command,
+    batch_command,
     run_command,
 ):
     main.add_command(command)

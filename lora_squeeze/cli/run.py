@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from lora_squeeze.cli.campaign import campaign_from_file
 from lora_squeeze.cli.output import print_record, progress
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.cli.train import train_from_file
@@ -18,9 +19,14 @@ __all__ = ["run_command"]
 @click.command("run")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--explain", is_flag=True, help="Say what would be done, and do nothing.")
-def run_command(file: Path, explain: bool) -> None:
-    """Do what the TOML FILE says: with [squeeze] analyze and, with an output_path, compress; else train."""
-    if "squeeze" not in read_toml(file):
+@click.pass_context
+def run_command(context: click.Context, file: Path, explain: bool) -> None:
+    """Do what the TOML FILE says: with [campaign] a campaign, else with [squeeze] a squeeze, else one training run."""
+    document = read_toml(file)
+    if "campaign" in document:
+        campaign_from_file(context, file, explain=explain)
+        return
+    if "squeeze" not in document:
         train_from_file(file, explain=explain)
         return
     settings = read_settings(file)

@@ -113,6 +113,7 @@ def _train(settings: RunSettings, folder: Path, *, overwrite: bool, as_json: boo
     require("peft", "train")
     from lora_squeeze.report.training import run_table
     from lora_squeeze.training.folder import RunFolder
+    from lora_squeeze.training.job import quiet_libraries
     from lora_squeeze.training.run import train
 
     run = RunFolder(folder)
@@ -139,22 +140,6 @@ def _squeeze(chosen: SqueezeSettings, record: RunRecord, *, as_json: bool) -> No
     )
     if compression is not None:
         print_record(compression, compression_table, as_json=as_json)
-
-
-@contextmanager
-def quiet_libraries() -> Generator[None, None, None]:
-    """Without the bars, reports and warnings of transformers, TRL and datasets about what is done on purpose."""
-    import warnings
-
-    from lora_squeeze.extras import require
-
-    datasets, logging = require("datasets", "train"), require("transformers.utils.logging", "train")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from lora_squeeze.sections import document_of, read_toml, to_toml
 from lora_squeeze.training.record import RunRecord, read_record
 from lora_squeeze.training.settings import RunSettings
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "only_one"]
 
 # What may change between two starts of one run: where it reports to, how it is squeezed afterwards.
 _FREE = ("logging", "squeeze", "resume")
@@ -92,13 +95,15 @@ class RunFolder:
             file.write_text(to_toml(document), encoding="utf-8")
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint; what a killed run left half written is removed."""
-        found = {int(match[1]): path for path in self._folders() if (match := _CHECKPOINT.fullmatch(path.name))}
-        for step in sorted(found, reverse=True):
-            if _is_complete(found[step], step):
-                return found[step]
-            shutil.rmtree(found[step], ignore_errors=True)
-        return None
+        """The newest complete checkpoint."""
+        complete = {step: path for step, path in self._found().items() if _is_complete(path, step)}
+        return complete[max(complete)] if complete else None
+
+    def clear_incomplete(self) -> None:
+        """Remove what a killed run has left half written; not while another process may be writing it."""
+        for step, path in self._found().items():
+            if not _is_complete(path, step):
+                shutil.rmtree(path, ignore_errors=True)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the logged lines beyond the step that training goes on from."""
@@ -118,8 +123,9 @@ class RunFolder:
                 continue
         return entries
 
-    def _folders(self) -> list[Path]:
-        return [path for path in self.checkpoints.iterdir() if path.is_dir()] if self.checkpoints.is_dir() else []
+    def _found(self) -> dict[int, Path]:
+        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return {int(match[1]): path for path in folders if (match := _CHECKPOINT.fullmatch(path.name))}
 
     def _check_same(self, document: dict[str, Any]) -> None:
         try:
@@ -134,6 +140,35 @@ class RunFolder:
                         f"{self.path}: was begun with [{section}] {key} = {_said(old, key)}, and now it is "
                         f"{_said(new, key)}; choose another folder with --out, or --overwrite to begin anew"
                     )
+
+
+@contextmanager
+def only_one(folder: Path, *, patience: float = 0.0) -> Generator[None, None, None]:
+    """Let one process at a time work on a folder; the lock goes with the process, however that ends.
+
+    patience
+        seconds to wait for one that is just ending.
+
+    Raises TrainingError if another process is at work.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    if not folder.is_dir():
+        raise TrainingError(f"{folder}: no such folder")
+    until = time.monotonic() + patience
+    with (folder / ".lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise TrainingError(f"{folder}: another process is at work on it") from None
+                time.sleep(0.1)
+        yield
 
 
 def _said(section: dict[str, Any], key: str) -> str:

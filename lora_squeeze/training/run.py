@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,16 @@ from lora_squeeze.models import (
 )
 from lora_squeeze.sections import document_of
 from lora_squeeze.training.callbacks import OnLog, Recorder
-from lora_squeeze.training.folder import RunFolder
+from lora_squeeze.training.folder import RunFolder, only_one
 from lora_squeeze.training.inputs import Inputs, read_inputs
 from lora_squeeze.training.record import RunRecord, environment, write_record
 from lora_squeeze.training.settings import RunSettings
 from lora_squeeze.training.trainers import Prepared, trainer_of
 from lora_squeeze.verbs import compress_adapter
 
-__all__ = ["train"]
+__all__ = ["evaluate_adapter", "train"]
+
+_PATIENCE = 30.0  # seconds that a worker whose campaign was killed may take to notice
 
 
 def train(
@@ -54,8 +57,28 @@ def train(
     """
     run = RunFolder(Path(folder))
     run.begin(settings, overwrite=overwrite)
-    if (record := run.finished()) is not None:
-        return record
+    with only_one(run.path, patience=_PATIENCE):
+        return run.finished() or _trained(settings, run, on_log)
+
+
+def evaluate_adapter(settings: RunSettings, scratch: Path) -> dict[str, float]:
+    """Evaluate `[model] adapter` on the held-out data of these settings; `scratch` is a folder for the Trainer.
+
+    Returns the Trainer's metrics, such as eval_loss. Raises DataError if nothing is held out.
+    """
+    require("transformers", "train").set_seed(settings.training.seed)
+    inputs = read_inputs(settings, labels=labels_of_adapter(settings.model.adapter))
+    if not inputs.held_out:
+        raise DataError("no data are held out to evaluate on: give [data] eval_source or eval_fraction")
+    run = RunFolder(scratch)
+    _, tokenizer, model = _loaded(settings, inputs, run)
+    quiet = replace(settings, logging=replace(settings.logging, report_to=[], wandb_project=""))
+    trainer, _ = trainer_of(Prepared(quiet, run, inputs, tokenizer, model, ()))
+    trainer.remove_callback(require("transformers", "train").PrinterCallback)
+    return {key: float(value) for key, value in trainer.evaluate().items() if isinstance(value, int | float)}
+
+
+def _trained(settings: RunSettings, run: RunFolder, on_log: OnLog | None) -> RunRecord:
     started = _now()
     transformers = require("transformers", "train")
     transformers.set_seed(settings.training.seed)  # before a head or a LoRA is made at random
@@ -154,6 +177,7 @@ def _starting_adapter(settings: RunSettings, run: RunFolder) -> str:
 
 def _checkpoint(settings: RunSettings, run: RunFolder) -> Path | None:
     """Where to go on from: the run's own last checkpoint, else that of the run which `[resume]` names."""
+    run.clear_incomplete()
     if own := run.last_checkpoint():
         return own
     if not settings.resume.from_:

@@ -1,0 +1,263 @@
+"""lora-squeeze campaign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_squeeze.campaign.spec import Campaign, read_campaign
+from lora_squeeze.cli.output import print_table
+
+if TYPE_CHECKING:
+    from lora_squeeze.campaign.manifest import Manifest, RunEntry
+
+__all__ = ["campaign_command", "campaign_from_file"]
+
+
+@click.group("campaign")
+def campaign_command() -> None:
+    """Train conditions × seeds from one TOML file, squeezed by themselves."""
+
+
+@campaign_command.command("run")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the campaign.  [default: logs/campaign_TIME]")
+@click.option("--explain", is_flag=True, help="Print the runs, and do nothing.")
+@click.pass_context
+def run(context: click.Context, file: Path, out: Path | None, explain: bool) -> None:
+    """Run the campaign that the TOML FILE describes; with --out, go on with it if it has begun."""
+    campaign_from_file(context, file, out, explain=explain)
+
+
+@campaign_command.command("status")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+def status(folder: Path, as_json: bool) -> None:
+    """Show what has become of every run."""
+    from lora_squeeze.campaign.manifest import read_manifest, refreshed
+
+    manifest = read_manifest(folder)
+    if as_json:
+        click.echo(manifest.to_json())
+        return
+    running = {entry.name for entry in manifest.runs if entry.status == "running"}
+    shown = refreshed(manifest, folder)
+    interrupted = [entry.name for entry in shown.runs if entry.name in running and entry.status == "pending"]
+    _print_status(manifest if interrupted and _is_at_work(folder) else shown, folder)
+
+
+@campaign_command.command("resume")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.pass_context
+def resume(context: click.Context, folder: Path) -> None:
+    """Run what has not finished, from its last checkpoint; what has finished or failed stays."""
+    _run(context, folder)
+
+
+@campaign_command.command("retry")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1)
+@click.pass_context
+def retry(context: click.Context, folder: Path, runs: tuple[str, ...]) -> None:
+    """Try failed runs once more (all of them, or those named RUNS), and run what has not finished."""
+    from lora_squeeze.campaign.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    for name in runs:
+        if manifest.run(name).status != "failed":
+            raise click.UsageError(f"run '{name}' has not failed: it is {manifest.run(name).status}")
+    _run(context, folder, retry=runs or [entry.name for entry in manifest.runs])
+
+
+@campaign_command.command("report")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--metric", default="", show_default=False, help="To compare by.  [default: the most telling one]")
+@click.option(
+    "--squeezed", is_flag=True, help="Squeeze every run to the lower ranks of the others, evaluate, and compare."
+)
+def report(folder: Path, metric: str, squeezed: bool) -> None:
+    """Compare the conditions: mean ± standard error over seeds, learning curves, squeezed against direct."""
+    from lora_squeeze.campaign.manifest import read_manifest, refreshed
+    from lora_squeeze.campaign.results import METRICS, main_metric
+    from lora_squeeze.report.campaign import squeeze_table
+
+    manifest = refreshed(read_manifest(folder), folder)
+    chosen = metric or main_metric(manifest)
+    if not chosen:
+        raise click.UsageError("no run has finished yet")
+    if chosen not in METRICS:
+        raise click.BadParameter(f"'{metric}' is not one of {', '.join(METRICS)}", param_hint="--metric")
+    _print_results(manifest, folder, chosen)
+    if manifest.squeeze.status != "none":
+        click.echo()
+        print_table(squeeze_table(manifest.squeeze))
+    if squeezed:
+        _measure_squeezed(manifest, folder)
+    _print_gains(manifest, folder, chosen)
+
+
+def campaign_from_file(context: click.Context, file: Path, out: Path | None = None, *, explain: bool = False) -> None:
+    """What `lora-squeeze campaign run` does."""
+    campaign = read_campaign(file)
+    if explain:
+        _explain(file, campaign, out)
+        return
+    from lora_squeeze.campaign.launch import begin, campaign_folder
+
+    folder = begin(campaign, out or campaign_folder(campaign), config_file=str(file))
+    click.echo(f"Campaign: {folder}")
+    _run(context, folder)
+
+
+def _explain(file: Path, campaign: Campaign, out: Path | None) -> None:
+    from lora_squeeze.report.campaign import plan_table
+
+    squeeze = campaign.common.squeeze
+    told: dict[str, Any] = {
+        "mode": "campaign",
+        "config": file,
+        "model": campaign.common.model.model,
+        "runs": len(campaign.runs),
+        "executor": f"{campaign.executor}, {campaign.workers} at a time",
+        "squeeze": f"{squeeze.min_variance_retention} of the variance, after the first run" if squeeze else "none",
+        "output": out or "logs/campaign_TIME",
+    }
+    for label, value in told.items():
+        click.echo(f"{label:<24}{value}")
+    click.echo()
+    print_table(plan_table(campaign))
+
+
+def _run(context: click.Context, folder: Path, *, retry: Collection[str] = ()) -> None:
+    from lora_squeeze.campaign.launch import run_campaign
+    from lora_squeeze.report.campaign import squeeze_table
+
+    with _watching(folder) as on_change:
+        manifest = run_campaign(folder, retry=retry, on_change=on_change)
+    _print_status(manifest, folder)
+    if manifest.squeeze.status in ("finished", "failed"):
+        click.echo()
+        print_table(squeeze_table(manifest.squeeze))
+    failed = [entry.name for entry in manifest.runs if entry.status == "failed"]
+    if failed:
+        click.echo(f"{len(failed)} of {manifest.num_runs} runs failed: lora-squeeze campaign retry {folder}", err=True)
+        context.exit(1)
+
+
+@contextmanager
+def _watching(folder: Path) -> Generator[Callable[[Manifest], None], None, None]:
+    """On a terminal a live table of the runs; elsewhere a line on stderr whenever a run's status changes."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from lora_squeeze.report.campaign import status_table
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Changes()
+        return
+    shown: list[Manifest] = []
+
+    def table() -> Any:
+        return status_table(shown[-1], lambda entry: _latest(folder, entry)) if shown else ""
+
+    with Live(get_renderable=table, console=console, refresh_per_second=1, transient=True):
+        yield shown.append
+
+
+class _Changes:
+    """Says which run's status has changed since it was last called."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, str] = {}
+
+    def __call__(self, manifest: Manifest) -> None:
+        for entry in manifest.runs:
+            said = f"{entry.status}{f': {entry.error}' if entry.error else ''}"
+            if self._before.get(entry.name, "pending") != said:
+                click.echo(f"{entry.name}  {said}", err=True)
+            self._before[entry.name] = said
+        if manifest.squeeze.recommended_rank and not self._before.get("", ""):
+            click.echo(f"Recommended rank: {manifest.squeeze.recommended_rank}", err=True)
+            self._before[""] = "said"
+
+
+def _latest(folder: Path, entry: RunEntry) -> Mapping[str, Any]:
+    from lora_squeeze.campaign.manifest import run_folder
+
+    metrics = run_folder(folder, entry).read_metrics()
+    return metrics[-1] if metrics else {}
+
+
+def _print_status(manifest: Manifest, folder: Path) -> None:
+    from lora_squeeze.report.campaign import status_table
+
+    print_table(status_table(manifest, lambda entry: _latest(folder, entry)))
+
+
+def _is_at_work(folder: Path) -> bool:
+    from lora_squeeze.errors import TrainingError
+    from lora_squeeze.training.folder import only_one
+
+    try:
+        with only_one(folder):
+            return False
+    except TrainingError:
+        return True
+
+
+def _print_results(manifest: Manifest, folder: Path, metric: str) -> None:
+    from lora_squeeze.campaign.manifest import run_folder
+    from lora_squeeze.campaign.results import curve, mean_of, metrics_of
+    from lora_squeeze.report.campaign import curves_table, results_table
+
+    metrics = metrics_of(manifest)
+    finished = {
+        condition: [one for one in manifest.runs if one.condition == condition and one.status == "finished"]
+        for condition in manifest.conditions
+    }
+    rows = [
+        (
+            condition,
+            {
+                key: mean_of(one.metrics[key] for one in runs if key in one.metrics)
+                for key in metrics
+                if any(key in one.metrics for one in runs)
+            },
+        )
+        for condition, runs in finished.items()
+    ]
+    print_table(results_table(rows, metrics))
+    logged = "reward" if "reward" in metric else "loss"
+    curves = {
+        condition: curve([run_folder(folder, one).read_metrics() for one in runs], logged, points=5)
+        for condition, runs in finished.items()
+    }
+    if known := {condition: points for condition, points in curves.items() if points}:
+        click.echo()
+        print_table(curves_table(known, logged))
+
+
+def _measure_squeezed(manifest: Manifest, folder: Path) -> None:
+    from lora_squeeze.campaign.squeezed import measure_squeezed, pairs_of
+    from lora_squeeze.cli.output import progress
+    from lora_squeeze.training.job import quiet_libraries
+
+    pairs = pairs_of(manifest)
+    with quiet_libraries(), progress("Squeezing and evaluating", len(pairs)) as advance:
+        measure_squeezed(manifest, folder, on_pair=advance)
+
+
+def _print_gains(manifest: Manifest, folder: Path, metric: str) -> None:
+    from lora_squeeze.campaign.results import squeezed_against_direct
+    from lora_squeeze.campaign.squeezed import read_squeezed
+    from lora_squeeze.report.campaign import gains_table
+
+    gains = squeezed_against_direct(manifest, read_squeezed(folder), metric)
+    if gains:
+        click.echo()
+        print_table(gains_table(gains, metric))

@@ -1,0 +1,98 @@
+"""Many adapters in one go: named apart, contained, continued, in this process and in others."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import write_raw
+from click.testing import CliRunner
+
+from lora_squeeze import open_adapter
+from lora_squeeze.batch import named, read_batch, squeeze_batch
+from lora_squeeze.cli import main
+from lora_squeeze.errors import OutputError, SettingsError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Three adapters of rank 4 in a folder, one of them damaged."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b", "c"):
+        tensors = {
+            f"{layer}.lora_{side}.weight": torch.randn(*shape, generator=generator)
+            for layer in ("first", "second")
+            for side, shape in (("A", (4, 12)), ("B", (10, 4)))
+        }
+        write_raw(tmp_path / "all" / name, tensors, r=4, lora_alpha=4)
+    (tmp_path / "all" / "b" / WEIGHTS).write_bytes(b"damaged")
+    return tmp_path / "all"
+
+
+def test_one_that_is_damaged_stops_no_other_and_the_rest_is_not_repeated(adapters, tmp_path):
+    records = squeeze_batch([str(adapters)], tmp_path / "out", policy="fixed=2")
+    assert [Path(one.source).name for one in records] == ["a", "b", "c"]
+    assert [one.status for one in records] == ["finished", "failed", "finished"]
+    assert WEIGHTS in records[1].error
+    assert (records[0].source_rank, records[0].rank) == (4, 2)
+    assert records[0].bytes_after < records[0].bytes_before
+    assert 0 < records[0].retained_variance < 1
+    assert records == read_batch(tmp_path / "out")
+    assert {open_adapter(tmp_path / "out" / name).rank for name in "ac"} == {2}
+    written = (tmp_path / "out" / "a" / WEIGHTS).stat().st_mtime_ns
+    (adapters / "b" / WEIGHTS).write_bytes((adapters / "c" / WEIGHTS).read_bytes())
+    again = squeeze_batch([str(adapters)], tmp_path / "out", policy="fixed=2")
+    assert [one.status for one in again] == ["finished"] * 3
+    assert (tmp_path / "out" / "a" / WEIGHTS).stat().st_mtime_ns == written
+    other = squeeze_batch([str(adapters)], tmp_path / "out", policy="fixed=1")
+    assert {one.rank for one in other} == {1}
+
+
+def test_names_are_kept_apart(adapters, tmp_path):
+    assert named(["x/a", "y/b"]) == {"a": "x/a", "b": "y/b"}
+    assert named(["x/final", "y/final", "x/final"]) == {"x-final": "x/final", "y-final": "y/final"}
+    assert list(named(["one/a b", "one-a b"])) != [named(["one/a b"]), named(["one-a b"])]
+    assert len(named(["one/a", "one-a"])) == 2
+    assert list(named([str(adapters)])) == ["a", "b", "c"]
+    assert named(["us/lora"]) == {"lora": "us/lora"}
+    with pytest.raises(SettingsError):
+        named([])
+
+
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_processes_and_ray_give_the_same(executor, adapters, tmp_path):
+    if executor == "ray":
+        pytest.importorskip("ray")
+    (adapters / "b" / WEIGHTS).unlink()
+    here = squeeze_batch([str(adapters)], tmp_path / "here", policy="energy=0.5")
+    there = squeeze_batch([str(adapters)], tmp_path / "there", policy="energy=0.5", executor=executor, workers=2)
+    assert [one.status for one in there] == ["finished", "failed", "finished"]
+    assert "no such file" in there[1].error
+    assert [one.relative_error for one in here] == [one.relative_error for one in there]
+    for name in "ac":
+        one, other = ((tmp_path / where / name / WEIGHTS).read_bytes() for where in ("here", "there"))
+        assert one == other
+
+
+def test_the_command_prints_a_summary(adapters, tmp_path):
+    command = ["batch", str(adapters / "a"), str(adapters / "b"), "--policy", "fixed=2", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "4 → 2" in result.stdout
+    assert "failed" in result.stdout
+    records = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert [one["status"] for one in records["adapters"]] == ["finished", "failed"]
+    assert CliRunner().invoke(main, [*command[:-1], str(adapters)]).exit_code == 1
+    refused = CliRunner().invoke(main, ["batch", "x", "--out", str(tmp_path / "new"), "--policy", "best=1"])
+    assert (refused.exit_code, (tmp_path / "new").exists()) == (1, False)
+
+
+def test_a_folder_of_something_else_is_left_alone(adapters, tmp_path):
+    with pytest.raises(OutputError, match="not the folder of a batch"):
+        squeeze_batch([str(adapters / "a")], adapters)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "batch.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"batch\.json: cannot be read"):
+        squeeze_batch([str(adapters / "a")], tmp_path / "out")
