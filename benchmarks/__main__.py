@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import accuracy, cuda, peft_conversion, peft_merging, speed
+from benchmarks import accuracy, cuda, peft_conversion, peft_merging, seventy_thousand_modules, speed
 from benchmarks.machine import describe
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of every timing (default: %(default)s)")
-    names = ("speed", "accuracy", "peft", "merging", "cuda")
+    names = ("speed", "accuracy", "modules", "peft", "merging", "cuda")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME",
                         help=f"some of {', '.join(names)}; the page is then printed, not written")  # fmt: skip
     parser.add_argument("--output", type=Path, default=PAGE, help="the page to write (default: docs/benchmarks.md)")
@@ -28,6 +28,7 @@ def main() -> None:
     sections: dict[str, Callable[[Path], str]] = {
         "speed": partial(speed.section, rounds=arguments.rounds),
         "accuracy": accuracy.section,
+        "modules": seventy_thousand_modules.section,
         "peft": peft_conversion.section,
         "merging": peft_merging.section,
         "cuda": partial(cuda.section, rounds=arguments.rounds),

@@ -23,7 +23,7 @@ def whole(name: str) -> str:
     return name.partition("#")[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What is known of a LoRA layer without reading its tensors.
 

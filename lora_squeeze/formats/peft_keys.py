@@ -36,7 +36,7 @@ _KNOWN = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """The factors of one module, as they lie in the file.
 

@@ -40,7 +40,7 @@ _OUT_PROJ = ".base_layer.out_proj"
 _REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1", "w3", "w2", "down_proj")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a layer's two matrices lie: part `index` of `parts` in this pair."""
 

@@ -59,7 +59,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {known: name for name, known in DTYPES.items()}[dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor's key, dtype (safetensors' spelling), shape and size in bytes."""
 
