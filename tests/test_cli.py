@@ -21,7 +21,7 @@ from adapters import (
     relative,
     snapshot,
 )
-from click.testing import CliRunner, Result
+from commands import prints, refuses
 from safetensors.torch import load_file
 
 from lora_squeeze import Analysis, __version__, analyze_adapter, open_adapter
@@ -31,27 +31,6 @@ from lora_squeeze.cli import main
 @pytest.fixture
 def adapter(tmp_path) -> Path:
     return make_adapter(tmp_path / "adapter")
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(one) for one in arguments], catch_exceptions=False)
-
-
-def prints(*arguments: object) -> str:
-    """Standard output of a command that succeeds and has nothing else to say."""
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    return result.stdout
-
-
-def refuses(*arguments: object, code: int = 1) -> str:
-    """What a command says that ends with this exit code, and prints nothing else."""
-    result = invoke(*arguments)
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert "Error: " in result.stderr
-    return result.stderr
 
 
 def rows(table: str) -> list[list[str]]:

@@ -1,87 +1,24 @@
-"""What vLLM, SGLang and llama.cpp make of an adapter, by their own loaders' rules: the update that PEFT applies."""
-
-import math
+"""Which runtimes load an adapter: what check says, against the loaders' own rules; caps and refusals."""
 
 import pytest
-import torch
 from adapters import (
     BERT,
     LLAMA,
-    PREFIX,
     WEIGHTS,
     edit_config,
     make_adapter,
-    read_config,
-    relative,
-    truncation,
     updates,
 )
+from loaders import LOADERS, NotLoadedError, as_sglang, every_loader, same_updates
 from safetensors.torch import load_file
 
-from lora_squeeze import Ranks, decompose, open_adapter, save_adapter, squeeze
+from lora_squeeze import Ranks, decompose, open_adapter, squeeze
 from lora_squeeze.errors import RankError, UnsupportedAdapter
 from lora_squeeze.limits import Limits
 from lora_squeeze.policies import POLICIES
-from lora_squeeze.serving import RUNTIMES, check, fit, limits_for, rank_cap
+from lora_squeeze.serving import RUNTIMES, check, limits_for, rank_cap
 from lora_squeeze.settings import CHOICES
 from lora_squeeze.verbs import choose_ranks
-
-# --- the loaders' rules -----------------------------------------------------------------------------------------
-
-
-class NotLoadedError(Exception):
-    pass
-
-
-def factors(folder):
-    """Module name → lora_A and lora_B in float64; anything else in the file is refused."""
-    tensors = load_file(folder / WEIGHTS)
-    if other := [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
-        raise NotLoadedError(other[0])
-    names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
-    return {n: tuple(tensors[f"{PREFIX}{n}.lora_{factor}.weight"].double() for factor in "AB") for n in names}
-
-
-def as_vllm(folder, max_lora_rank=16):
-    """peft_helper.py without patterns: one alpha / r (rsLoRA alpha / √r) for all, physical ranks from the tensors."""
-    config = read_config(folder)
-    if config.get("use_dora") or config.get("modules_to_save") or config["r"] > max_lora_rank:
-        raise NotLoadedError(config)
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    pairs = factors(folder)
-    if any(len(down) > max_lora_rank for down, _ in pairs.values()):
-        raise NotLoadedError("rank")
-    return {name: scale * up @ down for name, (down, up) in pairs.items()}
-
-
-def as_sglang(folder):
-    """lora_config.py: entries that differ from r and lora_alpha are rejected; buffers of r rows; alpha / r."""
-    config = read_config(folder)
-    differing = [rank for rank in config["rank_pattern"].values() if rank != config["r"]]
-    differing += [alpha for alpha in config["alpha_pattern"].values() if alpha != config["lora_alpha"]]
-    if differing or config.get("use_dora"):
-        raise NotLoadedError(config)
-    pairs = factors(folder)
-    if any(len(down) != config["r"] for down, _ in pairs.values()):
-        raise NotLoadedError("shape")
-    return {name: config["lora_alpha"] / config["r"] * up @ down for name, (down, up) in pairs.items()}
-
-
-def as_llamacpp(folder):
-    """convert_lora_to_gguf.py and the loader: lora_alpha over the rank of each tensor, nothing else is read."""
-    alpha = float(read_config(folder)["lora_alpha"])
-    return {name: alpha / up.shape[1] * up @ down for name, (down, up) in factors(folder).items()}
-
-
-LOADERS = {"vllm": as_vllm, "sglang": as_sglang, "llamacpp": as_llamacpp}
-every_loader = pytest.mark.parametrize("runtime", LOADERS)
-
-
-def same_updates(found, expected, tolerance=1e-6):
-    return found.keys() == expected.keys() and all(
-        relative(found[name], expected[name]) <= tolerance for name in expected
-    )
-
 
 # --- the table --------------------------------------------------------------------------------------------------
 
@@ -312,117 +249,6 @@ def test_overrides_that_differ_are_refused_where_ranks_may_not(deep):
 def test_peft_needs_no_limits():
     limits = Limits(min_rank=2, multiple_of=4)
     assert limits_for("peft", limits) == limits
-
-
-# --- what is written --------------------------------------------------------------------------------------------
-
-SOURCES = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "mixed ranks": {"rank_pattern": {"v_proj": 3}},
-    "mixed scales": {"alpha_pattern": {"v_proj": 3, "0.mlp.down_proj": 40}},
-    "everything": {
-        "use_rslora": True,
-        "rank_pattern": {"v_proj": 3, "0.mlp.down_proj": 6},
-        "alpha_pattern": {"q_proj": 40},
-    },
-    "regex": {"target_modules": r".*\.(q|v|o)_proj", "alpha_pattern": {"v_proj": 3}},
-}
-PLANS = {
-    "mixed": lambda place, own: min(own, 1 + place),
-    "some left out": lambda place, own: min(own, 2 * place % 5),
-    "everything": lambda place, own: own,
-    "uniform": lambda place, own: 2,
-}
-
-
-@pytest.fixture(params=SOURCES.values(), ids=SOURCES)
-def source(tmp_path, request):
-    return make_adapter(tmp_path / "adapter", **request.param)
-
-
-@every_loader
-@pytest.mark.parametrize("rule", PLANS.values(), ids=PLANS)
-def test_every_runtime_applies_the_update_that_peft_applies(tmp_path, source, runtime, rule):
-    adapter = open_adapter(source)
-    plan = {name: rule(place, spec.rank) for place, (name, spec) in enumerate(adapter.layers.items())}
-
-    squeeze(adapter, Ranks("by hand", plan), tmp_path / "out", runtime=runtime)
-
-    by_peft, before = updates(LLAMA, tmp_path / "out"), updates(LLAMA, source)
-    assert same_updates(LOADERS[runtime](tmp_path / "out"), by_peft)
-    kept = {name: truncation(before[name], rank) for name, rank in plan.items() if rank}
-    assert same_updates(by_peft, kept, tolerance=1e-5)
-    assert check(open_adapter(tmp_path / "out"), runtime) == []
-
-
-@pytest.mark.parametrize("rule", PLANS.values(), ids=PLANS)
-def test_what_is_written_for_peft_is_loaded_by_vllm_with_the_same_update(tmp_path, source, rule):
-    adapter = open_adapter(source)
-    plan = {name: rule(place, spec.rank) for place, (name, spec) in enumerate(adapter.layers.items())}
-    squeeze(adapter, Ranks("by hand", plan), tmp_path / "out")
-    assert same_updates(as_vllm(tmp_path / "out"), updates(LLAMA, tmp_path / "out"))
-    assert check(open_adapter(tmp_path / "out"), "vllm") == []
-
-
-@pytest.mark.parametrize("runtime", ["sglang", "llamacpp"])
-def test_where_ranks_may_not_differ_they_are_padded_with_zeros(tmp_path, source, runtime):
-    adapter = open_adapter(source)
-    plan = {name: min(spec.rank, 1 + place) for place, (name, spec) in enumerate(adapter.layers.items())}
-    largest = max(plan.values())
-
-    compression = squeeze(adapter, Ranks("by hand", plan), tmp_path / "out", runtime=runtime)
-
-    config = read_config(tmp_path / "out")
-    assert (config["r"], config["use_rslora"]) == (largest, False)
-    assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    for name, (down, up) in factors(tmp_path / "out").items():
-        assert down.shape[0] == up.shape[1] == largest
-        assert down[plan[name] :].count_nonzero() == up[:, plan[name] :].count_nonzero() == 0
-        assert down[: plan[name]].count_nonzero() > 0
-    assert compression.parameters_after == sum(t.numel() for t in load_file(tmp_path / "out" / WEIGHTS).values())
-
-
-@every_loader
-def test_rslora_is_written_as_plain_lora(tmp_path, runtime):
-    source = make_adapter(tmp_path / "adapter", use_rslora=True)
-    squeeze(
-        open_adapter(source),
-        Ranks("fixed=4", dict.fromkeys(updates(LLAMA, source), 4)),
-        tmp_path / "out",
-        runtime=runtime,
-    )
-    config = read_config(tmp_path / "out")
-    assert config["use_rslora"] is False
-    assert config["lora_alpha"] == pytest.approx(16 / math.sqrt(8) * 4)
-
-
-def test_for_peft_rslora_stays_rslora(tmp_path):
-    source = make_adapter(tmp_path / "adapter", use_rslora=True)
-    squeeze(open_adapter(source), Ranks("fixed=4", dict.fromkeys(updates(LLAMA, source), 4)), tmp_path / "out")
-    assert read_config(tmp_path / "out")["use_rslora"] is True
-
-
-@pytest.mark.parametrize("runtime", ["sglang", "llamacpp"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_padding_keeps_every_bit_of_what_is_padded(tmp_path, runtime, dtype):
-    source = make_adapter(tmp_path / "adapter", dtype=dtype, rank_pattern={"v_proj": 3}, alpha_pattern={"v_proj": 6})
-    own = {name: spec.rank for name, spec in open_adapter(source).layers.items()}
-    squeeze(open_adapter(source), Ranks("by hand", own), tmp_path / "out", runtime=runtime)
-    before, after = load_file(source / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
-    for key, tensor in before.items():
-        rows, columns = tensor.shape
-        assert after[key].dtype == dtype
-        assert torch.equal(after[key][:rows, :columns], tensor)
-
-
-def test_fit_leaves_an_adapter_that_fits_as_it_is(tmp_path):
-    adapter = open_adapter(make_adapter(tmp_path / "adapter"))
-    assert fit(adapter, "peft") == adapter
-    for runtime in LOADERS:
-        save_adapter(fit(adapter, runtime), tmp_path / runtime)
-        before, after = load_file(tmp_path / "adapter" / WEIGHTS), load_file(tmp_path / runtime / WEIGHTS)
-        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
