@@ -229,6 +229,8 @@ def size(spectra: Sequence[Spectrum], budget: int, *, cost: Cost, limits: Limits
 
     ranks = smallest(spectra, found, component_bytes)
     if (least := cost.file_size(planned(ranks))) > budget:
+        # The header holds the policy's spelling, so a budget of more digits makes a larger file.
+        least = cost.file_size(_planned(f"size={least}", spectra, found, ranks))
         raise RankError(f"size={budget} is not possible: the smallest ranks allowed make a file of {least} bytes")
     # The header grows with the layers that are kept, so its size is known only with the plan.
     available = budget
