@@ -95,7 +95,7 @@ def test_a_plan_has_one_policy(adapter):
     assert "one --policy" in message
 
 
-@pytest.mark.parametrize("place", ["nowhere/ranks.json", "."])
+@pytest.mark.parametrize("place", ["adapter/adapter_config.json/ranks.json", "."])
 def test_a_plan_that_cannot_be_written_is_an_error(tmp_path, adapter, place):
     before = snapshot(tmp_path)
     assert "cannot be written" in refuses("plan", adapter, "-o", tmp_path / place)
