@@ -104,6 +104,14 @@ def test_only_the_named_adapter_changes(tmp_path):
     assert live_adapter(model).rank == 2
 
 
+def test_the_configuration_that_the_model_was_made_with_stays_as_it_is():
+    config = LoraConfig(r=8, target_modules=["q_proj"])
+    model = get_peft_model(LLAMA.build(), config)
+    squeeze_in_place(model, fixed(live_adapter(model).layers.values(), 2))
+    assert (config.r, model.peft_config["default"].r) == (8, 2)
+    assert model.active_peft_config.r == 2
+
+
 def test_wrapped_models_are_the_model_inside(tmp_path):
     model, _ = opened(tmp_path, LLAMA)
     assert dict(live_adapter(torch.compile(model)).layers) == dict(live_adapter(model).layers)

@@ -205,11 +205,10 @@ def _refill(parameter: nn.Parameter, tensor: Tensor) -> None:
 
 def record_ranks(model: nn.Module, adapter_name: str, found: Mapping[str, Site] | None = None) -> None:
     """Write the ranks and scales of the modules into the adapter's configuration."""
-    config = adapter_config(model, adapter_name)
     configs: dict[str, Any] = unwrapped(model).peft_config  # pyright: ignore[reportAssignmentType]
-    if any(other is config for name, other in configs.items() if name != adapter_name):
-        # TRL gives the frozen copy of an adapter ("ref") the very same configuration.
-        config = configs[adapter_name] = copy.copy(config)
+    # Never in place: the object is the user's, who may make the next model with it, and TRL gives it to the frozen
+    # copy of an adapter ("ref"), too.
+    config = configs[adapter_name] = copy.copy(adapter_config(model, adapter_name))
     values = config_for(factors_of(model, sites(model, adapter_name) if found is None else found))
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights"):
         setattr(config, field, values[field])

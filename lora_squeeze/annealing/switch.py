@@ -211,7 +211,7 @@ def _commit(
     old_states = [{p: optimizer.state.get(p, {}) for p in new} for optimizer, new in states]
     adapter_name = next(iter(found.values())).adapter
     configs: dict[str, Any] = unwrapped(model).peft_config  # pyright: ignore[reportAssignmentType]
-    config, old_config = configs[adapter_name], dict(vars(configs[adapter_name]))
+    config = configs[adapter_name]
     try:
         for exchange in exchanges:
             _put(exchange)
@@ -224,7 +224,6 @@ def _commit(
         for (optimizer, _), old in zip(states, old_states, strict=True):
             _put_states(optimizer, old)
         configs[adapter_name] = config
-        vars(config).update(old_config)
         raise
     for (optimizer, _), old in zip(states, old_states, strict=True):
         for one in old.values():
