@@ -38,7 +38,7 @@ __all__ = ["SURE", "Criterion", "bisected", "judge", "keep_quality", "ladder"]
 
 SURE = 0.95  # of the draws, for `confident`
 
-_PLANS = 128  # of a policy with a continuous value: neighbours differ by a few per cent
+_PLANS = 128  # of a policy with a continuous value: neighbours differ by 7 per cent
 
 
 @dataclass(frozen=True)
