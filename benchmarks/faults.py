@@ -44,6 +44,7 @@ class Place:
     command: list[str]
     source: Path
     output: Path
+    takes: float = 4.0  # seconds, undisturbed
     old: Path | None = None  # an adapter that is to lie at `output` before
     before: dict[str, bytes] = field(default_factory=dict)  # its content
 
@@ -121,7 +122,7 @@ def killed(place: Place, number: signal.Signals, *, writing: bool) -> str:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.5))
     else:
-        time.sleep(random.uniform(0, 4))
+        time.sleep(random.uniform(0, place.takes))
     process.send_signal(number)
     return outcome(place, process, ended_by=number)
 
@@ -298,10 +299,13 @@ SUBJECTS = {
 }
 
 
-def trial(fault: Callable[[Place], str], subject: Callable[[Path, Path], Place], model: Path, *, old: bool) -> str:
+def trial(
+    fault: Callable[[Place], str], subject: Callable[[Path, Path], Place], model: Path, *, old: bool, takes: float
+) -> str:
     """One trial in a folder of its own: what was there afterwards."""
     with tempfile.TemporaryDirectory(prefix="lora-squeeze-faults-") as scratch:
         place = subject(Path(scratch), model)
+        place.takes = takes
         if old:
             place.old = model / ("old" if place.output.suffix == "" else "old.safetensors")
             place.before = content(place.old)
@@ -318,8 +322,8 @@ def trial(fault: Callable[[Place], str], subject: Callable[[Path, Path], Place],
         return found
 
 
-def make_model(folder: Path) -> None:
-    """Sources of 47 and 16 MB, and old outputs."""
+def make_model(folder: Path) -> float:
+    """Sources of 19 and 16 MB, and old outputs; returns the seconds that a command takes here."""
     write_adapter(folder / "peft", SHAPE, rank=RANK)
     tensors: dict[str, torch.Tensor] = {}
     for number in range(24):
@@ -327,9 +331,11 @@ def make_model(folder: Path) -> None:
         up, down = mixed_pair(1280, 1280, RANK, torch.Generator().manual_seed(number))
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(8.0)}
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "kohya.safetensors")
+    start = time.monotonic()
     for source, old in ((folder / "peft", "old"), (folder / "kohya.safetensors", "old.safetensors")):
         command = ["compress", str(source), str(folder / old), "--rank", str(OLD)]
         subprocess.run([*PROGRAM, *command], check=True, capture_output=True)
+    return (time.monotonic() - start) / 2
 
 
 def main() -> None:
@@ -344,7 +350,7 @@ def main() -> None:
     broken: list[str] = []
     with tempfile.TemporaryDirectory(prefix="lora-squeeze-faults-") as scratch:
         model = Path(scratch, "model")
-        make_model(model)
+        takes = make_model(model)
         mounting = may_mount(Path(scratch))
         for name, (fault, mounts) in FAULTS.items():
             if arguments.only not in name or (mounts and not mounting):
@@ -353,7 +359,7 @@ def main() -> None:
             for number in range(arguments.trials):
                 for subject, prepare in SUBJECTS.items():
                     try:
-                        counts[trial(fault, prepare, model, old=number % 2 == 0)] += 1
+                        counts[trial(fault, prepare, model, old=number % 2 == 0, takes=takes)] += 1
                     except AssertionError as error:
                         broken.append(f"{name}, {subject}: {error}")
                         print(broken[-1], file=sys.stderr, flush=True)
