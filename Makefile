@@ -19,7 +19,7 @@ THREADS := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-lm test fuzz faults wheel-test lint types bench bench-in-squeeze clean
+.PHONY: help install demo demo-lm demo-campaign test fuzz faults wheel-test lint types bench bench-in-squeeze clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -31,6 +31,13 @@ demo: $(VENV)/.demo ## train, squeeze and evaluate a text classifier
 
 demo-lm: $(VENV)/.demo-lm ## the same for a causal language model
 	$(OFFLINE) $(THREADS) $(BIN)/python examples/squeeze_language_model.py $(ARGS)
+
+demo-campaign: $(VENV)/.train build/tiny-arithmetic/config.json ## GRPO of a tiny model, two conditions and two seeds, squeezed
+	$(OFFLINE) $(THREADS) $(BIN)/lora-squeeze campaign run examples/grpo.toml --out build/grpo $(ARGS)
+	$(BIN)/lora-squeeze campaign report build/grpo
+
+build/tiny-arithmetic/config.json: examples/tiny_arithmetic.py $(VENV)/.train
+	$(OFFLINE) $(THREADS) $(BIN)/python $< $(@D)
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
