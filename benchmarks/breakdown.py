@@ -30,9 +30,9 @@ PLACES = {
     "lora_squeeze.spectrum:_second_moment": MOMENTS,
     "lora_squeeze.compression:basis": CORE,
     "lora_squeeze.compression:truncate": PRODUCTS,
-    "lora_squeeze.formats.peft:sha256_of_file": HASH,
+    "lora_squeeze.formats.tensors:sha256_of_file": HASH,
     "lora_squeeze.formats.tensors:_write_block": WRITE,
-    "lora_squeeze.formats.tensors:_crc32": CHECK,
+    "lora_squeeze.formats.tensors:SafetensorsFile.checksum": CHECK,
     "lora_squeeze.formats.tensors:SafetensorsFile._read_into": CHECK,
 }
 

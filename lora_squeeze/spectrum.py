@@ -64,10 +64,10 @@ _GRAM_SPREAD = 1e-8
 _FLOAT32_GROWTH = 256.0
 # Rows of a factor that are converted at a time, to stay within the cache: 1 and 2 MiB at rank 64.
 _ROWS_OF_FLOAT64 = 2048
-# Columns that MKL multiplies at a time in float64: a product with a width that is no multiple of it
-# takes up to a third longer.
-_TILE = 12
 _ROWS_OF_FLOAT32 = 8192
+# Columns that MKL multiplies at a time in float64 on the processor of docs/experiments.md: a product with a
+# width that is no multiple of it takes up to a third longer.
+_TILE = 12
 
 
 @dataclass(frozen=True)

@@ -116,11 +116,7 @@ class SafetensorsFile:
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """Read one tensor's bytes a MiB at a time, whatever its dtype."""
-        size = self.tensors[key].nbytes
-        for start in range(0, size, _CHUNK):
-            piece = bytearray(min(_CHUNK, size - start))
-            self._read_into(key, memoryview(piece), start=start)
-            yield bytes(piece)
+        return map(bytes, self._pieces(key))
 
     def sha256(self) -> str:
         """SHA-256 of the whole file. Raises AdapterError if it is not the one whose header was read."""
@@ -128,8 +124,21 @@ class SafetensorsFile:
 
     def fingerprint(self) -> str:
         """The `fingerprint` of the tensors. Raises AdapterError if the file has changed."""
-        digests = ordered_map(lambda key: (key, _sha256(self.chunks(key))), self.tensors)
+        digests = ordered_map(lambda key: (key, _sha256(self._pieces(key))), self.tensors)
         return fingerprint(self.tensors, dict(digests))
+
+    def checksum(self, key: str) -> int:
+        """CRC-32 of one tensor's bytes."""
+        return functools.reduce(lambda found, piece: zlib.crc32(piece, found), self._pieces(key), 0)
+
+    def _pieces(self, key: str) -> Iterator[memoryview]:
+        """`chunks` in memory that this thread's next piece uses again."""
+        memory = memory_of(scratch("piece", (_CHUNK,), torch.uint8, torch.device("cpu")))
+        size = self.tensors[key].nbytes
+        for start in range(0, size, _CHUNK):
+            piece = memory[: size - start]
+            self._read_into(key, piece, start=start)
+            yield piece
 
     def _read_into(self, key: str, target: memoryview, *, start: int = 0) -> None:
         try:
@@ -259,7 +268,7 @@ def fingerprint(specs: Mapping[str, TensorSpec], digests: Mapping[str, bytes]) -
     return digest.hexdigest()
 
 
-def _sha256(chunks: Iterable[bytes]) -> bytes:
+def _sha256(chunks: Iterable[memoryview]) -> bytes:
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -301,15 +310,11 @@ def _write_block(
 def _check_written(path: Path, header: bytes, checksums: Mapping[str, int]) -> None:
     """Read the file back. Raises OutputError if it does not hold what was written."""
     written = read_safetensors(path)
-    keys = ordered_map(lambda key: (key, functools.reduce(_crc32, written.chunks(key), 0)), written.tensors)
+    keys = ordered_map(lambda key: (key, written.checksum(key)), written.tensors)
     with path.open("rb") as file:
         intact = file.read(len(header)) == header
     if not intact or dict(keys) != checksums:
         raise OutputError(f"{path}: what was read back is not what was written; is the disk failing?")
-
-
-def _crc32(checksum: int, piece: bytes) -> int:
-    return zlib.crc32(piece, checksum)
 
 
 def _chunks_of(tensor: torch.Tensor | Iterator[bytes]) -> Iterator[bytes | memoryview]:
