@@ -27,8 +27,8 @@ REST, WAIT = "everything else", "waiting for the disk"
 # Where each part is looked up when it is called → part.
 PLACES = {
     "lora_squeeze.formats.tensors:SafetensorsFile.read": READ,
-    "lora_squeeze.spectrum:_second_moment": MOMENTS,
-    "lora_squeeze.compression:basis": CORE,
+    "lora_squeeze.spectrum:second_moment": MOMENTS,
+    "lora_squeeze.compression:bases": CORE,
     "lora_squeeze.compression:truncate": PRODUCTS,
     "lora_squeeze.formats.tensors:sha256_of_file": HASH,
     "lora_squeeze.formats.tensors:_write_block": WRITE,

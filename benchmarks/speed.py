@@ -30,7 +30,7 @@ is a process of its own, pinned to its cores; the contenders take turns. Times a
 "whole process" adds starting Python and importing torch. Peak memory is what the job adds to that.
 
 - `{FLOOR}`: read the file, form the two float64 second moments and two thin products of each module, write.
-  No decomposition, no hash, no sync, no check: a bound, not a tool.
+  Each moment is one plain product. No decomposition, no hash, no sync, no check: a yardstick, not a tool.
 - `{SLOW}`: load everything, float32, QR + SVD once to analyze and once more to compress, `save_file`.
 - `{OURS}`: `compress_adapter` + `analyze`. It also measures the error of every layer, hashes the source,
   fsyncs the output and reads it back."""

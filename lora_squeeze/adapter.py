@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Adapter", "LayerSpec", "LoraLayer", "PassThrough", "whole"]
+
+
+def _nothing(_: Sequence[str]) -> None:
+    """What most adapters do about layers that are expected."""
 
 
 def whole(name: str) -> str:
@@ -100,6 +104,9 @@ class Adapter:
     layers
         in file order; `load(name)` reads (or computes) the factors of one of them. `borrow(name)`
         may do so in memory that this thread's next `borrow` uses again.
+    expect
+        a hint: this thread will borrow these layers next, in this order. Adapters that compute their
+        layers may then work on several of them at once.
     pass_through
         tensors that are not LoRA pairs (modules_to_save, biases, DoRA magnitudes, …).
     config, metadata
@@ -126,6 +133,7 @@ class Adapter:
     layers: Mapping[str, LayerSpec]
     load: Callable[[str], LoraLayer] = field(repr=False)
     borrow: Callable[[str], LoraLayer] = field(repr=False)
+    expect: Callable[[Sequence[str]], None] = field(default=_nothing, repr=False)
     pass_through: tuple[PassThrough, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, whole
-from lora_squeeze.decomposition import Decomposition, spectrum_of
+from lora_squeeze.decomposition import Decomposition, borrow_together, spectrum_of, together
 from lora_squeeze.errors import RankError, SettingsError
 from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES
 from lora_squeeze.policies import Cost
 from lora_squeeze.provenance import ENTRY, stated
 from lora_squeeze.records import Ranks, SqueezedLayer, error_over_all
+from lora_squeeze.scratch import beside
 from lora_squeeze.serving import fit, needs_one_alpha
-from lora_squeeze.spectrum import Basis, Truncation, basis, check_device, truncate
+from lora_squeeze.spectrum import Basis, Truncation, bases, check_device, truncate
 from lora_squeeze.whitening import truncate_on_data
 
 __all__ = ["compress", "file_cost"]
@@ -88,17 +90,18 @@ def compress(
     # The source's hash takes as long as a good part of the work, so it is taken meanwhile.
     hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
     sha256 = cache(lambda: hasher.submit(adapter.sha256))
-    decomposed = partial(basis, method=method, device=device)
     calibration = source.calibration if isinstance(source, Decomposition) else ""
     cut = truncate_on_data if calibration else truncate
     errors: dict[str, SqueezedLayer] = {}
 
-    def squeezed(name: str, *, borrow: bool = False) -> LoraLayer:
-        sha256()
+    def decomposed(names: Sequence[str], loaded: Sequence[LoraLayer]) -> list[Basis]:
+        if isinstance(source, Decomposition):
+            return [source.basis(name) for name in names]
+        return bases(loaded, method=method, device=device)
+
+    def squeezed(name: str, layer: LoraLayer, found: Basis, *, borrow: bool) -> LoraLayer:
         before, after = adapter.layers[name], layers[name]
         unchanged = before == after
-        layer = adapter.borrow(name) if borrow or not unchanged else adapter.load(name)
-        found = source.basis(name) if isinstance(source, Decomposition) else decomposed(layer)
         spectrum = spectrum_of(before, layer, found)
         result = Truncation(layer, 0.0) if unchanged else _truncated(layer, found, after, cut, borrow=borrow)
         errors[name] = SqueezedLayer(spectrum, after.rank, result.relative_error)
@@ -106,11 +109,26 @@ def compress(
             on_layer(errors[name])
         return result.layer
 
+    def load(name: str) -> LoraLayer:
+        sha256()
+        layer = adapter.load(name)
+        return squeezed(name, layer, *decomposed([name], [layer]), borrow=False)
+
+    def borrow(names: Sequence[str]) -> list[LoraLayer]:
+        sha256()
+        sources = borrow_together(adapter, names)
+        results: list[LoraLayer] = []
+        for place, one in enumerate(zip(names, sources, decomposed(names, sources), strict=True)):
+            with beside(place):
+                results.append(squeezed(*one, borrow=True))
+        return results
+
+    ahead = _Ahead(adapter, borrow)
+
     def late_metadata(fingerprint: str) -> dict[str, str]:
         for name in adapter.layers.keys() - layers.keys():
             layer = adapter.load(name)
-            found = source.basis(name) if isinstance(source, Decomposition) else decomposed(layer)
-            spectrum = spectrum_of(adapter.layers[name], layer, found)
+            spectrum = spectrum_of(adapter.layers[name], layer, *decomposed([name], [layer]))
             errors[name] = SqueezedLayer(spectrum, 0, 1.0 if spectrum.energy > 0 else 0.0)
         made = replace(
             planned,
@@ -126,12 +144,33 @@ def compress(
     return replace(
         adapter,
         layers=layers,
-        load=squeezed,
-        borrow=partial(squeezed, borrow=True),
+        load=load,
+        borrow=ahead.borrow,
+        expect=ahead.expect,
         metadata={**adapter.metadata, ENTRY: planned.to_json()},
         late_metadata=late_metadata,
         left_out=(*adapter.left_out, *(name for name in adapter.layers if name not in layers)),
     )
+
+
+class _Ahead(threading.local):
+    """Layers that a thread is about to borrow are computed together when the first of them is asked for."""
+
+    def __init__(self, source: Adapter, compute: Callable[[Sequence[str]], list[LoraLayer]]) -> None:
+        self._source, self._compute = source, compute
+        self._runs: dict[str, list[str]] = {}
+        self._ready: dict[str, LoraLayer] = {}
+
+    def expect(self, names: Sequence[str]) -> None:
+        specs = [self._source.layers[name] for name in names if name in self._source.layers]
+        self._runs = {name: run for run in together(specs, most=len(specs)) for name in run}
+        self._ready = {}
+
+    def borrow(self, name: str) -> LoraLayer:
+        if name not in self._ready:
+            run = self._runs.get(name, [name])
+            self._ready = dict(zip(run, self._compute(run), strict=True))
+        return self._ready.pop(name)
 
 
 def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "") -> Cost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import IO
@@ -16,12 +16,16 @@ from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
 from lora_squeeze.errors import AdapterError, OutputError
 from lora_squeeze.formats.tensors import memory_of
 from lora_squeeze.moments import Moments, check_moments
-from lora_squeeze.parallel import ordered_map
+from lora_squeeze.parallel import ordered_map, run_length
 from lora_squeeze.records import Spectrum
-from lora_squeeze.spectrum import Basis, basis, check_device, singular_values
+from lora_squeeze.scratch import beside
+from lora_squeeze.spectrum import Basis, bases, check_device, singular_values
 from lora_squeeze.whitening import basis_on_data
 
-__all__ = ["Decomposition", "decompose", "spectrum_of"]
+__all__ = ["Decomposition", "borrow_together", "decompose", "spectrum_of", "together"]
+
+# What layers that are worked on together may hold: 10 MiB in half precision.
+_MOST_PARAMETERS = 5 << 20
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,25 @@ def decompose(
         adapter = replace(adapter, notes=(*adapter.notes, *_notes(moments)))
     spool = _Spool()
 
-    def work(name: str) -> tuple[Spectrum, Basis]:
-        layer, spec = adapter.borrow(name), adapter.layers[name]
+    def work(names: Sequence[str]) -> list[tuple[Spectrum, Basis]]:
+        layers = borrow_together(adapter, names)
         if moments is None:
-            found = basis(layer, method=method, device=device, seed=seed)
+            found = bases(layers, method=method, device=device, seed=seed)
         else:
-            found = basis_on_data(layer, *moments.means(name), device=device)
-        return spectrum_of(spec, layer, found), found
+            found = [
+                basis_on_data(layer, *moments.means(name), device=device)
+                for name, layer in zip(names, layers, strict=True)
+            ]
+        specs = [adapter.layers[name] for name in names]
+        return [(spectrum_of(*one), one[-1]) for one in zip(specs, layers, found, strict=True)]
 
     spectra: list[Spectrum] = []
-    for spectrum, found in ordered_map(work, adapter.layers):
-        spectra.append(spectrum)
-        spool.append(spectrum.name, found)
-        if on_layer is not None:
-            on_layer(spectrum.name)
+    for run in ordered_map(work, together(adapter.layers.values(), most=run_length(len(adapter.layers)))):
+        for spectrum, found in run:
+            spectra.append(spectrum)
+            spool.append(spectrum.name, found)
+            if on_layer is not None:
+                on_layer(spectrum.name)
     return Decomposition(
         adapter=adapter,
         spectra=tuple(spectra),
@@ -96,6 +105,28 @@ def _notes(moments: Moments) -> Iterator[str]:
     )
     if unreached := [name for name, layer in moments.layers.items() if not layer.rows]:
         yield f"{len(unreached)} layers were never reached by the data and count as zero (first: {unreached[0]})"
+
+
+def together(specs: Iterable[LayerSpec], *, most: int) -> Iterator[list[str]]:
+    """The names of consecutive layers that one worker takes at a time: at most so many, and not too large ones."""
+    names: list[str] = []
+    size = 0
+    for spec in specs:
+        if names and (len(names) == most or size + spec.parameters > _MOST_PARAMETERS):
+            yield names
+            names, size = [], 0
+        names, size = [*names, spec.name], size + spec.parameters
+    if names:
+        yield names
+
+
+def borrow_together(adapter: Adapter, names: Sequence[str]) -> list[LoraLayer]:
+    """Borrow several layers; they last until this thread borrows again."""
+    layers: list[LoraLayer] = []
+    for place, name in enumerate(names):
+        with beside(place):
+            layers.append(adapter.borrow(name))
+    return layers
 
 
 def spectrum_of(spec: LayerSpec, layer: LoraLayer, found: Basis) -> Spectrum:

@@ -14,7 +14,10 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["ordered_map"]
+__all__ = ["ordered_map", "run_length"]
+
+# Consecutive items that a worker takes at a time, where that pays.
+_RUN = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,6 +44,11 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> It
                 future.cancel()
             # Each worker's setting also becomes the default of threads started later.
             torch.set_num_threads(workers)
+
+
+def run_length(count: int) -> int:
+    """How many of so many consecutive items a worker should take at a time, so that all workers have some."""
+    return max(1, min(_RUN, count // (2 * torch.get_num_threads())))
 
 
 def _one_blas_thread() -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["scratch", "scratch_like"]
+__all__ = ["beside", "lent", "scratch", "scratch_like"]
 
 
 class _Memory(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self.place = 0
         self.views: dict[tuple[str, torch.device, Sequence[int], torch.dtype], torch.Tensor] = {}
 
 
@@ -43,3 +45,18 @@ def scratch_like(role: str, matrix: torch.Tensor, dtype: torch.dtype, device: to
     if matrix.stride(1) == 1:
         return scratch(role, matrix.shape, dtype, device)
     return scratch(role, matrix.shape[::-1], dtype, device).T
+
+
+def lent(role: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`scratch` on the CPU for a result, valid until this thread asks for the same role at the same place again."""
+    return scratch(f"{role} {_memory.place}", shape, dtype, torch.device("cpu"))
+
+
+@contextmanager
+def beside(place: int) -> Generator[None, None, None]:
+    """What is lent to this thread within the block lies beside what is lent at other places."""
+    before, _memory.place = _memory.place, place
+    try:
+        yield
+    finally:
+        _memory.place = before

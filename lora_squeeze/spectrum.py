@@ -25,22 +25,23 @@ Shapes below: m = out_features, n = in_features, r = source rank, q = min(r, m, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.errors import AdapterError, SettingsError
-from lora_squeeze.scratch import scratch, scratch_like
+from lora_squeeze.gram import second_moment
+from lora_squeeze.scratch import lent, scratch
 
 __all__ = [
     "METHODS",
     "Basis",
     "Truncation",
+    "bases",
     "basis",
     "basis_from_roots",
     "check_device",
@@ -65,9 +66,6 @@ _FLOAT32_GROWTH = 256.0
 # Rows of a factor that are converted at a time, to stay within the cache: 1 and 2 MiB at rank 64.
 _ROWS_OF_FLOAT64 = 2048
 _ROWS_OF_FLOAT32 = 8192
-# Columns that MKL multiplies at a time in float64 on the processor of docs/experiments.md: a product with a
-# width that is no multiple of it takes up to a third longer.
-_TILE = 12
 
 
 @dataclass(frozen=True)
@@ -102,20 +100,43 @@ def basis(
 
     Raises AdapterError, naming the tensor, if a factor holds NaN or infinity.
     """
-    up, down = layer.up.to(device), layer.down.to(device)
+    return bases([layer], method=method, rank=rank, seed=seed, device=device)[0]
+
+
+def bases(
+    layers: Sequence[LoraLayer],
+    *,
+    method: str = "gram",
+    rank: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[Basis]:
+    """`basis` of each of these layers; faster than one at a time, as the code of each step stays in the cache."""
     if method not in METHODS:
         raise SettingsError(f"method '{method}' is not known; known are {', '.join(METHODS)}")
-    try:
-        if method == "randomized":
-            return _randomized(up, down, rank=rank or down.shape[0], seed=seed)
-        return _ROUTES[method](up, down)
-    except _NotFinite:
-        culprits = [key for key, factor in (("down", down), ("up", up)) if not torch.isfinite(factor).all()]
-        names = " and ".join({"down": "lora_A", "up": "lora_B"}[key] for key in culprits)
-        raise AdapterError(
-            f"layer '{layer.name}': {names} holds NaN or infinite values; the adapter is damaged or its training "
-            "diverged, and a squeeze cannot repair that: go back to an earlier checkpoint"
-        ) from None
+    factors = [(layer.up.to(device), layer.down.to(device)) for layer in layers]
+    moments = [_second_moments(*pair) if method == "gram" else None for pair in factors]
+    found: list[Basis] = []
+    for layer, (up, down), own in zip(layers, factors, moments, strict=True):
+        try:
+            if method == "randomized":
+                found.append(_randomized(up, down, rank=rank or down.shape[0], seed=seed))
+            elif method == "dense":
+                found.append(_dense(up, down))
+            else:
+                found.append((_gram(*own) if own else None) or _qr(up, down))
+        except _NotFinite:
+            raise _damaged(layer) from None
+    return found
+
+
+def _damaged(layer: LoraLayer) -> AdapterError:
+    factors = (("lora_A", layer.down), ("lora_B", layer.up))
+    names = " and ".join(key for key, factor in factors if not torch.isfinite(factor).all())
+    return AdapterError(
+        f"layer '{layer.name}': {names} holds NaN or infinite values; the adapter is damaged or its training "
+        "diverged, and a squeeze cannot repair that: go back to an earlier checkpoint"
+    )
 
 
 def check_device(device: str) -> None:
@@ -191,20 +212,25 @@ class _NotFinite(ArithmeticError):
     """A factor holds NaN or infinity; `basis` finds out which."""
 
 
-def _gram(up: Tensor, down: Tensor) -> Basis:
+def _second_moments(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor] | None:
+    """up^T up and down down^T in float64, or None where they would be larger than the factors."""
     if up.shape[1] > max(up.shape[0], down.shape[1]):
-        return _qr(up, down)  # r×r moments would be larger than the factors
-    moment_up, moment_down = _second_moment(up), _second_moment(down.T)
+        return None
+    return second_moment(up), second_moment(down.T)
+
+
+def _gram(moment_up: Tensor, moment_down: Tensor) -> Basis | None:
+    """None: squaring has cost too many digits."""
     up_norms, down_norms = moment_up.diagonal().sqrt(), moment_down.diagonal().sqrt()
     if not math.isfinite(float(up_norms.norm())):
-        return _qr(up, down)
+        return None
     root = _cholesky_root(moment_down, down_norms)
     if root is None:
-        return _qr(up, down)
+        return None
     half = moment_up @ root
     squares, vectors = torch.linalg.eigh(root.T @ half)
     if not float(squares[0]) > _GRAM_SPREAD * float(squares[-1]):
-        return _qr(up, down)
+        return None
     values, vectors = squares.flip(0).sqrt_(), vectors.flip(1)
     return _from_coordinates(root @ vectors, (half @ vectors).T / values[:, None], values, up_norms, down_norms)
 
@@ -251,7 +277,6 @@ def _randomized(up: Tensor, down: Tensor, *, rank: int, seed: int) -> Basis:
     )
 
 
-_ROUTES: dict[str, Callable[[Tensor, Tensor], Basis]] = {"gram": _gram, "qr": _qr, "dense": _dense}
 METHODS = ("gram", "qr", "randomized", "dense")
 
 
@@ -314,30 +339,6 @@ def triangular_root(tall: Tensor) -> Tensor:
     return triangle.T
 
 
-def _second_moment(tall: Tensor) -> Tensor:
-    """tall^T @ tall in float64, converting a block of rows at a time: (rows, r) → (r, r)."""
-    width, device = tall.shape[1], tall.device
-    strips = _strips(width) if device.type == "cpu" else ((0, width),)
-    total = torch.zeros(width, width, dtype=torch.float64, device=device)
-    for rows in tall.split(_ROWS_OF_FLOAT64):
-        converted = scratch_like("converted", rows, torch.float64, device).copy_(rows)
-        for start, end in strips:
-            total[start:, start:end].addmm_(converted[:, start:].T, converted[:, start:end])
-    for start, end in strips:
-        total[start:end, end:] = total[end:, start:end].T
-    return total
-
-
-@lru_cache
-def _strips(width: int) -> tuple[tuple[int, int], ...]:
-    """Strips of columns, from the diagonal downwards, that leave out most of what follows from symmetry."""
-    bounds = [0]
-    while bounds[-1] < width:
-        rest = width - bounds[-1]
-        bounds.append(min(width, bounds[-1] + _TILE * math.ceil(rest / (2 * _TILE))))
-    return tuple(pairwise(bounds))
-
-
 def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, borrow_as: str) -> tuple[Tensor, Tensor]:
     """Round X = projection @ wide to dtype, a block of columns at a time, in the projection's precision.
 
@@ -347,7 +348,7 @@ def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, borrow_as: st
     exact, device, height = projection.dtype, projection.device, projection.shape[0]
     upright = wide.stride(1) == 1
     size = (height, wide.shape[1]) if upright else (wide.shape[1], height)
-    result = scratch(borrow_as, size, dtype, torch.device("cpu")) if borrow_as else torch.empty(size, dtype=dtype)
+    result = lent(borrow_as, size, dtype) if borrow_as else torch.empty(size, dtype=dtype)
     moments = torch.zeros(2, height, height, dtype=exact, device=device)
     stored = wide if upright else wide.T
     blocks, targets = (matrix.split(_ROWS_OF_FLOAT32, int(upright)) for matrix in (stored, result))
@@ -370,7 +371,7 @@ def idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
     rank = found.p.shape[0]
     kept = found.numerical_rank
     rest = torch.eye(rank, dtype=torch.float64, device=found.p.device) - found.p[:, :kept] @ found.q[:kept]
-    gram = rest @ _second_moment(layer.down.T).to(rest.device) @ rest.T
+    gram = rest @ second_moment(layer.down.T).to(rest.device) @ rest.T
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
     return vectors.T @ rest
 

@@ -218,6 +218,20 @@ def test_loaded_layers_are_what_is_written_and_stay_as_they_are(tmp_path):
         assert torch.equal(layer.up, written[f"{PREFIX}{name}.lora_B.weight"])
 
 
+def test_layers_that_are_expected_are_the_same_in_any_order(tmp_path):
+    adapter = open_adapter(make_adapter(tmp_path / "adapter", dtype=torch.bfloat16, rank_pattern={"v_proj": 2}))
+    squeezed = compress(adapter, fixed(adapter.layers.values(), 2))
+    names = list(squeezed.layers)
+    alone = {name: squeezed.load(name) for name in names}
+
+    squeezed.expect([*names[:4], "of another adapter"])
+    for name in (names[2], names[0], names[2], names[5], names[1], names[3]):
+        layer = squeezed.borrow(name)
+        assert layer.name == name
+        assert torch.equal(layer.down, alone[name].down)
+        assert torch.equal(layer.up, alone[name].up)
+
+
 def test_only_a_few_layers_are_in_memory_at_a_time(tmp_path, four_workers):
     tensors = {key: tensor for place in range(60) for key, tensor in pair(f"layers.{place}", 30, 4, 20).items()}
     adapter = open_adapter(write_raw(tmp_path / "a", tensors))
@@ -240,5 +254,5 @@ def test_only_a_few_layers_are_in_memory_at_a_time(tmp_path, four_workers):
     decomposition = decompose(watched)
     squeeze(decomposition, fixed(decomposition.spectra, 2), tmp_path / "out")
 
-    assert 1 <= most <= 3 * 4
+    assert 1 <= most <= 4 * 4  # a run of four per worker
     assert not alive

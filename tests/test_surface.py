@@ -40,6 +40,7 @@ ORDER = [
     "sizes",
     "parallel",
     "scratch",
+    "gram",
     "records",
     "adapter",
     "measurements",

@@ -83,7 +83,9 @@ def open_diffusers(path: Path) -> Adapter:
 
 def write_diffusers(adapter: Adapter, path: Path) -> Path:
     """Write a new file; return its path."""
-    write_safetensors(path, _blocks(adapter), _metadata(adapter), late_metadata=adapter.late_metadata)
+    write_safetensors(
+        path, _blocks(adapter), _metadata(adapter), expect=adapter.expect, late_metadata=adapter.late_metadata
+    )
     return path
 
 

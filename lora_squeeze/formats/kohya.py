@@ -86,7 +86,7 @@ def write_kohya(adapter: Adapter, path: Path) -> Path:
             found.update({key: _HASHES[key] + digest for key in hashes})
         return found
 
-    write_safetensors(path, blocks, metadata, late_metadata=late)
+    write_safetensors(path, blocks, metadata, expect=adapter.expect, late_metadata=late)
     return path
 
 

@@ -243,7 +243,7 @@ def _pair_block(spec: LayerSpec, keys: tuple[str, ...], borrow: Callable[[str], 
             for factor, tensor in zip((layer.down, layer.up), specs, strict=True)
         ]
 
-    return Block(specs, make)
+    return Block(specs, make, (spec.name,))
 
 
 def _alpha_block(spec: LayerSpec, dtype: str) -> Block:

@@ -79,7 +79,7 @@ def write_peft(adapter: Adapter, folder: Path) -> Path:
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     blocks, metadata = _blocks(adapter), _metadata(adapter)
-    write_safetensors(folder / WEIGHTS, blocks, metadata, late_metadata=adapter.late_metadata)
+    write_safetensors(folder / WEIGHTS, blocks, metadata, expect=adapter.expect, late_metadata=adapter.late_metadata)
     return folder / WEIGHTS
 
 

@@ -291,4 +291,4 @@ def _block(module: str, parts: list[LayerSpec], borrow: Callable[[str], LoraLaye
             target_up.copy_(layer.up)
         return [down, up]
 
-    return Block(specs, make)
+    return Block(specs, make, tuple(part.name for part in parts))

@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 
 from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError, OutputError
-from lora_squeeze.parallel import ordered_map
-from lora_squeeze.scratch import scratch
+from lora_squeeze.parallel import ordered_map, run_length
+from lora_squeeze.scratch import lent, scratch
 
 __all__ = [
     "DTYPES",
@@ -71,10 +71,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Block:
-    """Tensors that are made together (a LoRA pair) and lie side by side in the file."""
+    """Tensors that are made together (a LoRA pair) and lie side by side in the file.
+
+    layers
+        those that `make` borrows, in this order.
+    """
 
     specs: tuple[TensorSpec, ...]
     make: Callable[[], Sequence[torch.Tensor | Iterator[bytes]]]
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,7 @@ class SafetensorsFile:
                 f"LoRA factors of {', '.join(DTYPES)} can be squeezed: convert it first"
             )
         dtype = DTYPES[spec.dtype]
-        if borrow_as:
-            tensor = scratch(borrow_as, spec.shape, dtype, torch.device("cpu"))
-        else:
-            tensor = torch.empty(spec.shape, dtype=dtype)
+        tensor = lent(borrow_as, spec.shape, dtype) if borrow_as else torch.empty(spec.shape, dtype=dtype)
         self._read_into(key, memory_of(tensor))
         return tensor
 
@@ -190,11 +192,14 @@ def write_safetensors(
     blocks: Sequence[Block],
     metadata: Mapping[str, str],
     *,
+    expect: Callable[[Sequence[str]], None] | None = None,
     late_metadata: Callable[[str], Mapping[str, str]] | None = None,
 ) -> None:
     """Write a new file block by block, fsync it, and check that the disk holds what was written.
 
     The header is known before the first tensor is made, so no more than a few blocks are in memory.
+    expect
+        told which layers this thread's next blocks will borrow.
     late_metadata
         called with the tensors' `fingerprint` when all are written; its values replace those in
         `metadata`, which must have the same length.
@@ -212,9 +217,18 @@ def write_safetensors(
             checksums: dict[str, int] = {}
             digests: dict[str, bytes] = {}
             hashed = late_metadata is not None
-            for ones, others in ordered_map(lambda block: _write_block(block, places, write, hashed=hashed), blocks):
-                checksums.update(ones)
-                digests.update(others)
+
+            def write_run(run: Sequence[Block]) -> None:
+                if expect is not None:
+                    expect([layer for block in run for layer in block.layers])
+                for block in run:
+                    ones, others = _write_block(block, places, write, hashed=hashed)
+                    checksums.update(ones)
+                    digests.update(others)
+
+            length = run_length(len(blocks))
+            for _ in ordered_map(write_run, [blocks[at : at + length] for at in range(0, len(blocks), length)]):
+                pass
             if late_metadata is not None:
                 found = fingerprint({spec.key: spec for spec in specs}, digests)
                 final = _header(specs, {**metadata, **late_metadata(found)})
