@@ -41,8 +41,10 @@ def mean_of(values: Iterable[float]) -> Mean:
 
 
 def metrics_of(manifest: Manifest) -> tuple[str, ...]:
-    """The metrics that any finished run has, the most telling first."""
+    """The metrics that any finished run has, the most telling first; the losses of GRPO say nothing."""
     found = {key for entry in manifest.runs if entry.status == "finished" for key in entry.metrics}
+    if "reward" in found:
+        found -= {"eval_loss", "train_loss"}
     return tuple(key for key in METRICS if key in found)
 
 

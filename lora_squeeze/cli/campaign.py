@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,7 +157,8 @@ def _watching(folder: Path) -> Generator[Callable[[Manifest], None], None, None]
 
     from lora_squeeze.report.campaign import status_table
 
-    console = Console(stderr=True)
+    # Named, as runs in this process have sys.stderr replaced by their logs.
+    console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield _Changes()
         return
