@@ -18,7 +18,7 @@ from typing import Any
 from lora_squeeze.documents import parse_json, read_text
 from lora_squeeze.errors import OutputError, SettingsError
 from lora_squeeze.executors import Resources, execute, pool_of
-from lora_squeeze.formats import open_adapter
+from lora_squeeze.formats import FORMATS, open_adapter
 from lora_squeeze.formats.folder import new_file
 from lora_squeeze.settings import Settings, SqueezeSettings
 from lora_squeeze.squeezing import squeeze_as_set
@@ -29,6 +29,7 @@ __all__ = ["BatchRecord", "named", "read_batch", "squeeze_batch", "squeeze_job"]
 
 RECORDS = "batch.json"
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_FILE = ".safetensors"
 SCHEMA = 1
 
 
@@ -75,7 +76,7 @@ def squeeze_batch(
     known = {record.output: record for record in _begun(out)}
     records = {name: BatchRecord(source, str(out / name), settings) for name, source in found.items()}
     for name, record in records.items():
-        before = known.get(record.output)
+        before = known.get(record.output) or known.get(record.output + _FILE)
         same = before is not None and (before.source, before.settings) == (record.source, settings)
         if before is not None and same and before.status == "finished" and Path(before.output).exists():
             records[name] = before
@@ -116,7 +117,11 @@ def read_batch(out: Path) -> tuple[BatchRecord, ...]:
 def squeeze_job(source: str, output: str, settings: dict[str, Any], result: str) -> None:
     """Squeeze one adapter, and write the record that `squeeze_batch` takes up to the file `result`."""
     chosen = SqueezeSettings(adapter_path=source, output_path=output, overwrite=True, **settings)
-    analysis, compression = squeeze_as_set(open_adapter(source), Settings(chosen))
+    adapter = open_adapter(source)
+    if FORMATS[adapter.format].single_file and not output.endswith(_FILE):  # from the Hub, or a folder with one file
+        output += _FILE
+        chosen = replace(chosen, output_path=output)
+    analysis, compression = squeeze_as_set(adapter, Settings(chosen))
     assert compression is not None, "there is an output_path"
     record = BatchRecord(
         source=source,

@@ -16,6 +16,7 @@ from lora_squeeze.decomposition import spectrum_of
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.peft_config import config_for
+from lora_squeeze.formats.remote import OnDownload
 from lora_squeeze.formats.tensors import read_safetensors
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.provenance import Provenance, provenance_of
@@ -33,6 +34,7 @@ def verify(
     source: str | os.PathLike[str] | None = None,
     *,
     on_layer: Callable[[str], None] | None = None,
+    on_download: OnDownload | None = None,
 ) -> Verification:
     """Check an adapter against the provenance in its header, and against its source.
 
@@ -41,11 +43,13 @@ def verify(
         to be the same bit by bit, and the loss is measured from both files, layer by layer.
     on_layer
         called with each layer's name when its loss has been measured.
+    on_download
+        see `open_adapter`.
 
     Raises AdapterError if a file cannot be read as an adapter at all. Everything else is a check
     that has passed or not.
     """
-    written = open_adapter(output)
+    written = open_adapter(output, on_download=on_download)
     checks = [Check("opens", True, f"{written.format}, {len(written.layers)} layers"), _finite(written)]
     try:
         made = provenance_of(written)
@@ -58,7 +62,7 @@ def verify(
         checks += [_tensors(written, made), _ranks(written, made), _scales(written, made)]
     loss = None
     if source is not None:
-        original = open_adapter(source)
+        original = open_adapter(source, on_download=on_download)
         checks += [] if made is None else [_source(original, made)]
         original = convert(original, written.format)
         checks += [

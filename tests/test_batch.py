@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapters import write_raw
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from lora_squeeze import open_adapter
 from lora_squeeze.batch import named, read_batch, squeeze_batch
@@ -87,6 +88,17 @@ def test_the_command_prints_a_summary(adapters, tmp_path):
     assert CliRunner().invoke(main, [*command[:-1], str(adapters)]).exit_code == 1
     refused = CliRunner().invoke(main, ["batch", "x", "--out", str(tmp_path / "new"), "--policy", "best=1"])
     assert (refused.exit_code, (tmp_path / "new").exists()) == (1, False)
+
+
+def test_the_folder_of_a_single_file_becomes_a_file(tmp_path):
+    tensors = {"lora_unet_q.lora_down.weight": torch.rand(4, 8), "lora_unet_q.lora_up.weight": torch.rand(8, 4)}
+    (tmp_path / "style").mkdir()
+    save_file(tensors, tmp_path / "style" / "any_name.safetensors")
+    arguments = ([str(tmp_path / "style")], tmp_path / "out")
+    (record,) = squeeze_batch(*arguments, policy="fixed=2")
+    assert (record.status, record.output) == ("finished", str(tmp_path / "out" / "style.safetensors"))
+    assert open_adapter(record.output).rank == 2
+    assert squeeze_batch(*arguments, policy="fixed=2") == (record,)
 
 
 def test_a_folder_of_something_else_is_left_alone(adapters, tmp_path):

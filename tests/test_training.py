@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_hub import server  # noqa: F401
 from tiny import CHAT_TEMPLATE, save_tiny_bert, save_tiny_llama
 
 from lora_squeeze import open_adapter
 from lora_squeeze.cli import main
 from lora_squeeze.errors import DataError, OutputError, SettingsError, TrainingError
 from lora_squeeze.models import attach_adapter, labels_of_adapter, load_model, load_tokenizer
+from lora_squeeze.provenance import provenance_of
 from lora_squeeze.sections import build, document_of, to_toml
 from lora_squeeze.training.folder import RunFolder
 from lora_squeeze.training.record import read_record
@@ -352,6 +354,30 @@ def test_continue_is_cont_squeeze(quick, models, tmp_path):
     assert invoke(*command[:-1]).exit_code == 0
 
 
+@pytest.mark.parametrize("rank", [[], ["--rank", 2]])
+def test_continue_from_the_hub(quick, models, tmp_path, server, rank):  # noqa: F811
+    first = Path(train(quick(), tmp_path / "first").adapter)
+    server.add("user/repo", {file.name: file.read_bytes() for file in first.iterdir()})
+    command = ["continue", "hf://user/repo", "--data", "builtin:sums:20", "--out", tmp_path / "second", *rank]
+    result = invoke(*command, "--steps", 2, "--warmup", 1, "--batch-size", 4, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["model"], record["rank"]) == (str(models / "llama"), 2 if rank else 4)
+    assert record["settings"]["model"]["adapter"] == "hf://user/repo"
+    if rank:
+        made = provenance_of(open_adapter(tmp_path / "second" / "squeezed"))
+        assert made is not None
+        assert made.source.startswith("hf://user/repo@")
+
+
+def test_a_kohya_file_cannot_be_trained_on(tmp_path):
+    name = "lora_unet_q"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    result = invoke("continue", tmp_path / "style.safetensors", "--data", "builtin:sums:20", "--out", tmp_path / "x")
+    assert (result.exit_code, "only PEFT adapters can be loaded onto a model" in result.output) == (1, True)
+
+
 def test_mistakes_are_errors_without_a_traceback(quick, tmp_path):
     config = write_config(quick(), tmp_path / "run.toml")
     config.write_text(config.read_text().replace("max_steps", "max_stepz"))
@@ -360,7 +386,8 @@ def test_mistakes_are_errors_without_a_traceback(quick, tmp_path):
     result = invoke("train", write_config(quick("nowhere.jsonl"), tmp_path / "no.toml"), "--out", tmp_path / "no")
     assert (result.exit_code, "nowhere.jsonl: no such file" in result.output) == (1, True)
     result = invoke("continue", tmp_path / "none", "--data", "builtin:sums", "--out", tmp_path / "x")
-    assert (result.exit_code, "adapter_config.json: cannot be read" in result.output) == (1, True)
+    assert (result.exit_code, f"{tmp_path / 'none'}: no such file or folder" in result.output) == (1, True)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_damaged_record_or_settings_file_is_named(quick, tmp_path):

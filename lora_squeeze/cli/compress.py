@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_squeeze.cli.data_options import DataOptions, data_options
+from lora_squeeze.cli.data_options import DATA_PARAMETERS, DataOptions, data_options
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.keep import compress_keeping
 from lora_squeeze.cli.options import (
@@ -18,8 +18,10 @@ from lora_squeeze.cli.options import (
     calibration_option,
     compute_options,
     dtype_option,
+    given_of,
     push_options,
     rank_options,
+    refuse_stray_by,
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record, progress, waiting
@@ -117,8 +119,8 @@ def compress_command(
         if repo:
             _push(kept.compression, repo, private=private, commit_message=commit_message, as_json=as_json)
         return
-    if data_options.data or confident:
-        raise click.UsageError("--data and --confident belong to --keep")
+    if stray := given_of(click.get_current_context(), ("metric", "confident", *DATA_PARAMETERS)):
+        raise click.UsageError(f"{' and '.join(stray)} belong{'s' if len(stray) == 1 else ''} to --keep")
     adapter = open_source(path)
     suffix = ".safetensors" if adapter.single_file else ""
     outputs = [Path(output)] if len(policies) < 2 else [Path(output, policy + suffix) for policy in policies]
@@ -194,6 +196,7 @@ def chosen_policies(
         raise click.UsageError(f"--policy {repeated[0]} is given twice")
     if len(named) > 1:
         raise click.UsageError(f"{' and '.join(named)} contradict each other: give one of them")
+    refuse_stray_by(rank_options, () if rank is None and ranks_file is None else ("fixed",))
     if rank is not None:
         return (f"fixed={rank}",)
     if retain is not None:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lora_squeeze.cli.output import download_progress
+
 if TYPE_CHECKING:
     from lora_squeeze.data import Example
     from lora_squeeze.evaluation.measure import Trial
     from lora_squeeze.evaluation.subject import Subject
 
-__all__ = ["DataOptions", "data_options", "opened", "read", "trial_for"]
+__all__ = ["DATA_PARAMETERS", "DataOptions", "data_options", "opened", "read", "trial_for"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,6 +36,10 @@ class DataOptions:
     max_length: int
     dtype: str
     device: str
+
+
+# What click calls them.
+DATA_PARAMETERS = tuple(f"run_{name}" for name in DataOptions.__dataclass_fields__)
 
 
 def _parse_columns(_context: click.Context, _option: click.Parameter, entries: tuple[str, ...]) -> dict[str, str]:
@@ -145,14 +151,16 @@ def opened(options: DataOptions, adapters: tuple[str, ...], examples: tuple[Exam
     speech.set_verbosity_error()
     speech.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    return open_subject(
-        adapters,
-        base=options.base,
-        examples=examples,
-        labels=options.labels,
-        dtype=options.dtype,
-        device=options.device,
-    )
+    with download_progress() as on_download:
+        return open_subject(
+            adapters,
+            base=options.base,
+            examples=examples,
+            labels=options.labels,
+            dtype=options.dtype,
+            device=options.device,
+            on_download=on_download,
+        )
 
 
 def trial_for(subject: Subject, options: DataOptions, examples: tuple[Example, ...]) -> Trial:

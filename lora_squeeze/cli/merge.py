@@ -83,13 +83,13 @@ def merge_command(
     policies = chosen_policies(rank, retain, None, rank_options)
     if len(policies) > 1:
         raise click.UsageError("a merge has one --policy; write it at full rank and compress that with several")
-    if not policies and rank_options.limits != Limits():
-        raise click.UsageError("limits on ranks need a --rank, --retain or --policy that they limit")
+    if not policies and (rank_options.limits != Limits() or rank_options.by != "mean"):
+        raise click.UsageError("--by and limits on ranks need a --rank, --retain or --policy that they belong to")
     adapters = [open_source(path) for path in paths]
-    for adapter in adapters:
-        check_output_of(adapter, Path(output), overwrite=overwrite)
     shares = {"average": None, "sum": (1.0,) * len(adapters)}.get(weights) if isinstance(weights, str) else weights
     merged = merge(adapters, shares, allow_other_base=allow_other_base, keep_first=keep_first)
+    for adapter in adapters:
+        check_output_of(adapter, Path(output), overwrite=overwrite)
     if policies:
         source = decomposed(merged, method=method, device=device)
         (plan,) = choose(source, policies, rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from lora_squeeze.limits import EQUAL, Limits
 from lora_squeeze.settings import CHOICES
@@ -18,9 +19,11 @@ __all__ = [
     "calibration_option",
     "compute_options",
     "dtype_option",
+    "given_of",
     "parse_ranks",
     "push_options",
     "rank_options",
+    "refuse_stray_by",
     "runtime_options",
     "spelled",
 ]
@@ -56,6 +59,23 @@ def spelled(
     once = [part for option, value in values.items() if value is not None for part in (option, str(value))]
     fixed = [part for pattern, rank in limits.rank_for for part in ("--rank-for", f"{pattern}={rank}")]
     return (*once, *fixed, *(part for group in limits.equal for part in ("--equal", group)))
+
+
+def given_of(context: click.Context, parameters: Iterable[str]) -> list[str]:
+    """Which of these parameters the command line gives, as it spells them."""
+    given = {name for name in parameters if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    return [one.opts[0] for one in context.command.params if one.name in given]
+
+
+def refuse_stray_by(options: RankOptions, others: tuple[str, ...] = ()) -> None:
+    """--by says how `variance` is to be reached, which is the default: it means nothing to other policies.
+
+    others
+        policies that do not come from --policy.
+    """
+    names = (*(policy.partition("=")[0] for policy in options.policies), *others)
+    if options.by != "mean" and names and "variance" not in names:
+        raise click.UsageError(f"--by {options.by} is for --policy variance=VALUE (or --retain), and none is given")
 
 
 def parse_ranks(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from lora_squeeze.cli.options import (
     compute_options,
     dtype_option,
     rank_options,
+    refuse_stray_by,
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record
@@ -59,6 +60,7 @@ def plan_command(
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     if len(rank_options.policies) > 1:
         raise click.UsageError("a plan has one --policy; lora-squeeze compare shows several")
+    refuse_stray_by(rank_options)
     adapter = open_source(path)
     if output is not None and output.is_file() and adapter.place is not None:
         source = adapter.place.resolve()

@@ -29,7 +29,7 @@ __all__ = ["report_command"]
 
 @click.command("report")
 @click.argument("path")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the page to this .html file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .html file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @dtype_option
 @runtime_options()

@@ -117,6 +117,9 @@ def _train(settings: RunSettings, folder: Path, *, overwrite: bool, as_json: boo
     from lora_squeeze.training.run import train
 
     run = RunFolder(folder)
+    adapter = settings.model.adapter
+    if adapter and not Path(adapter).exists() and (overwrite or run.finished() is None):
+        open_source(adapter)  # fetched with a bar, and before the folder of the run is made
     if not overwrite and run.finished() is not None:
         click.echo(f"{folder}: has finished already; --overwrite trains it anew", err=True)
     elif not overwrite and (checkpoint := run.last_checkpoint()) is not None:

@@ -14,6 +14,7 @@ from lora_squeeze.annealing.live import Site, place, sites
 from lora_squeeze.data import Example, Labelled, labels_of
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats import open_adapter
+from lora_squeeze.formats.remote import OnDownload
 from lora_squeeze.models import (
     Task,
     attach_adapter,
@@ -74,6 +75,7 @@ def open_subject(
     labels: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
+    on_download: OnDownload | None = None,
 ) -> Subject:
     """Load a base model and one or several adapters onto it.
 
@@ -81,10 +83,12 @@ def open_subject(
         default: the one that the first adapter names.
     examples, labels
         what a classifier's classes are called: as given, as saved beside the adapter, or as in the data.
+    on_download
+        see `open_adapter`.
 
     Raises ModelError, AdapterError or DataError.
     """
-    opened = [open_adapter(path) for path in adapters]
+    opened = [open_adapter(path, on_download=on_download) for path in adapters]
     for path, adapter in zip(adapters, opened, strict=True):
         if adapter.format != "peft":
             raise AdapterError(f"{path}: is a {adapter.format} file; only PEFT adapters can be loaded onto a model")

@@ -100,6 +100,8 @@ def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None
         return _open_local(location)
     fetched = _fetch(os.fspath(path), on_download)
     if fetched is None:
+        if "://" in (text := os.fspath(path)):
+            raise AdapterError(f"{text}: no adapters are fetched from there, only from hf:// (the Hub) and tinker://")
         raise AdapterError(f"{location}: no such file or folder")
     try:
         adapter = _open_local(fetched.path)

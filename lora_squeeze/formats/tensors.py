@@ -169,7 +169,9 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         raise AdapterError(f"{path}: not a sound safetensors file ({error}); fetch or save it again") from error
     except FileNotFoundError as error:
         raise AdapterError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
     metadata = header.pop("__metadata__", {})
     in_file_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.annealing.callback import SqueezeCallback
-from lora_squeeze.errors import DataError, TrainingError
+from lora_squeeze.errors import AdapterError, DataError, TrainingError
 from lora_squeeze.extras import require
+from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.folder import new_folder
 from lora_squeeze.models import (
     Task,
@@ -67,11 +68,12 @@ def evaluate_adapter(settings: RunSettings, scratch: Path) -> dict[str, float]:
     Returns the Trainer's metrics, such as eval_loss. Raises DataError if nothing is held out.
     """
     require("transformers", "train").set_seed(settings.training.seed)
-    inputs = read_inputs(settings, labels=labels_of_adapter(settings.model.adapter))
+    adapter = _fetched(settings.model.adapter)
+    inputs = read_inputs(settings, labels=labels_of_adapter(adapter))
     if not inputs.held_out:
         raise DataError("no data are held out to evaluate on: give [data] eval_source or eval_fraction")
     run = RunFolder(scratch)
-    _, tokenizer, model = _loaded(settings, inputs, run)
+    _, tokenizer, model = _loaded(settings, inputs, run, adapter)
     quiet = replace(settings, logging=replace(settings.logging, report_to=[], wandb_project=""))
     trainer, _ = trainer_of(Prepared(quiet, run, inputs, tokenizer, model, ()))
     trainer.remove_callback(require("transformers", "train").PrinterCallback)
@@ -82,9 +84,10 @@ def _trained(settings: RunSettings, run: RunFolder, on_log: OnLog | None) -> Run
     started = _now()
     transformers = require("transformers", "train")
     transformers.set_seed(settings.training.seed)  # before a head or a LoRA is made at random
-    labels = labels_of_adapter(settings.model.adapter) if settings.model.adapter else ()
+    adapter = _fetched(settings.model.adapter)
+    labels = labels_of_adapter(adapter) if adapter else ()
     inputs = read_inputs(settings, labels=labels)
-    name, tokenizer, model = _loaded(settings, inputs, run)
+    name, tokenizer, model = _loaded(settings, inputs, run, adapter)
     source_rank = _largest_rank(model)
     recorder = Recorder(run, on_log)
     callbacks = (*_in_squeeze(settings), recorder)
@@ -118,18 +121,32 @@ def _trained(settings: RunSettings, run: RunFolder, on_log: OnLog | None) -> Run
     return record
 
 
-def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder) -> tuple[str, Any, Any]:
-    """The base model's name, its tokenizer, and the model with the LoRA that is to be trained."""
+def _fetched(adapter: str) -> str:
+    """The folder of an adapter on this disk, fetched if it lies elsewhere; "" for none."""
+    if not adapter or Path(adapter).is_dir():
+        return adapter
+    found = open_adapter(adapter)
+    if found.format != "peft":
+        raise AdapterError(f"{adapter}: is a {found.format} file; only PEFT adapters can be loaded onto a model")
+    return str(found.place)
+
+
+def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder, adapter: str) -> tuple[str, Any, Any]:
+    """The base model's name, its tokenizer, and the model with the LoRA that is to be trained.
+
+    adapter
+        the folder of the one that `[model] adapter` names.
+    """
     chosen = settings.model
-    name = chosen.model or base_of(chosen.adapter)[0]
+    name = chosen.model or base_of(adapter)[0]
     task: Task = "sequence-classification" if settings.method == "classify" else "causal-lm"
     tokenizer = load_tokenizer(name, revision=chosen.revision)
     base = load_model(
         name, task=task, labels=inputs.labels, dtype=chosen.dtype, device=chosen.device, revision=chosen.revision
     )
     base.config.use_cache = settings.method == "grpo"  # only generating gains from it
-    if chosen.adapter:
-        return name, tokenizer, attach_adapter(base, _starting_adapter(settings, run), trainable=True)
+    if adapter:
+        return name, tokenizer, attach_adapter(base, _squeezed_first(settings, run) or adapter, trainable=True)
     lora = settings.lora
     model = attach_lora(
         base,
@@ -165,11 +182,11 @@ def _in_squeeze(settings: RunSettings) -> tuple[Any, ...]:
     )
 
 
-def _starting_adapter(settings: RunSettings, run: RunFolder) -> str:
-    """The adapter that training starts from, squeezed first if the settings say so (Cont-Squeeze)."""
+def _squeezed_first(settings: RunSettings, run: RunFolder) -> str:
+    """The squeezed adapter that training starts from, if the settings ask for one (Cont-Squeeze); else ""."""
     chosen = settings.model
     if not chosen.squeeze_to:
-        return chosen.adapter
+        return ""
     if not run.squeezed.exists():
         compress_adapter(chosen.adapter, run.squeezed, chosen.squeeze_to)
     return str(run.squeezed)
