@@ -7,7 +7,7 @@ import pytest
 import torch
 from adapters import write_raw
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from test_hub import image_file, server  # noqa: F401
 
 from lora_squeeze import open_adapter
 from lora_squeeze.batch import named, read_batch, squeeze_batch
@@ -90,13 +90,11 @@ def test_the_command_prints_a_summary(adapters, tmp_path):
     assert (refused.exit_code, (tmp_path / "new").exists()) == (1, False)
 
 
-def test_the_folder_of_a_single_file_becomes_a_file(tmp_path):
-    tensors = {"lora_unet_q.lora_down.weight": torch.rand(4, 8), "lora_unet_q.lora_up.weight": torch.rand(8, 4)}
-    (tmp_path / "style").mkdir()
-    save_file(tensors, tmp_path / "style" / "any_name.safetensors")
-    arguments = ([str(tmp_path / "style")], tmp_path / "out")
+def test_a_single_file_from_the_hub_becomes_a_file(server, tmp_path):  # noqa: F811
+    server.add("user/style", {"any_name.safetensors": image_file()})
+    arguments = (["user/style"], tmp_path / "out")
     (record,) = squeeze_batch(*arguments, policy="fixed=2")
-    assert (record.status, record.output) == ("finished", str(tmp_path / "out" / "style.safetensors"))
+    assert (record.status, record.output) == ("finished", str(tmp_path / "out" / "style.safetensors")), record.error
     assert open_adapter(record.output).rank == 2
     assert squeeze_batch(*arguments, policy="fixed=2") == (record,)
 

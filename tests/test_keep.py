@@ -199,7 +199,7 @@ def test_compress_keep(world, tmp_path):
     [
         (["--keep", "0.9"], "--keep needs --data"),
         (["--keep", "0.9", "--data", "builtin:sums:3", "--rank", "2"], "--keep seeks the ranks itself"),
-        (["--data", "builtin:sums:3", "--rank", "2"], "belong to --keep"),
+        (["--data", "builtin:sums:3", "--rank", "2"], "--data belongs to --keep"),
         (["--keep", "1.9", "--data", "builtin:sums:3"], "not possible"),
         (["--keep", "0.9", "--data", "builtin:sums:3", "--policy", "params=0.5"], "its value is what is sought"),
     ],
