@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from trainer_script import model, trainer
 from transformers import TrainerCallback
@@ -82,6 +84,38 @@ def loop(rank, **options):
     }
 
 
+def sharded(rank):
+    """FSDP 2: factors, gradients and optimizer state lie in pieces; against the same training in one process."""
+    alone, together = model().eval(), model().eval()
+    layers = together.base_model.model.model.layers
+    for layer in layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(together, mesh=init_device_mesh("cpu", (2,)))
+    optimizers = [torch.optim.AdamW(trained(one), lr=1e-2) for one in (alone, together)]
+    squeezers = [
+        Squeezer(one, optimizer, SCHEDULE) for one, optimizer in zip((alone, together), optimizers, strict=True)
+    ]
+    kept = trained(together)
+    for step in range(SCHEDULE.steps):
+        loss_of(together, batch(step, rank)).backward()
+        loss_of(alone, torch.cat([batch(step, one) for one in (0, 1)])).backward()
+        for optimizer, squeezer in zip(optimizers, squeezers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            squeezer.step()
+    whole = [one.full_tensor() for one in trained(together)]
+    return {
+        "from one process": max(
+            float((a - b).detach().abs().max()) for a, b in zip(trained(alone), whole, strict=True)
+        ),
+        "weights apart": apart(whole),
+        "same parameters": all(a is b for a, b in zip(kept, trained(together), strict=True)),
+        "sharded": all(optimizers[1].state[one]["exp_avg"].placements == one.placements for one in trained(together)),
+        "rank": max(spec.rank for spec in live_adapter(together).layers.values()),
+        "local rows": [one.to_local().shape[0] for one in trained(together)][:2],
+    }
+
+
 def counted(calls, bucket):
     calls.append(1)
     future = dist.all_reduce(bucket.buffer() / dist.get_world_size(), async_op=True).get_future()
@@ -143,6 +177,7 @@ def main(folder: Path) -> None:
     found["hook"] = loop(rank, hook=True)
     found["disagreement"] = disagreement(rank)
     found["mixed"] = mixed()
+    found["sharded"] = sharded(rank)
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 

@@ -60,3 +60,13 @@ def test_what_process_0_finds_wrong_every_process_says(found):
 
 def test_ddps_own_mixed_precision_is_refused(found):
     assert all("use torch.autocast instead" in one["mixed"] for one in found[1])
+
+
+def test_factors_that_fsdp_2_has_divided(found):
+    for one in (process["sharded"] for process in found[1]):
+        assert one["from one process"] < 1e-4
+        assert one["weights apart"] == 0.0
+        assert one["rank"] == 2
+        assert one["same parameters"]
+        assert one["sharded"]
+        assert one["local rows"] == [1, 16]  # of A (2, 32) and B (32, 2), half of the rows each

@@ -97,6 +97,7 @@ ORDER = [
     "annealing",
     "annealing.schedule",
     "annealing.targets",
+    "annealing.sharding",
     "annealing.live",
     "annealing.change",
     "annealing.eightbit",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough, whole
+from lora_squeeze.annealing.sharding import gathered, is_sharded, owners, refill
 from lora_squeeze.errors import AdapterError, RankError, UnsupportedAdapter
 from lora_squeeze.formats.peft_config import config_for, refuse_what_is_not_plain_lora
 from lora_squeeze.formats.peft_keys import PREFIX
@@ -66,6 +67,7 @@ class Site:
     kind: str
     parts: tuple[str, ...]
     key: str  # the module's name in a state dict, without the prefix
+    owners: tuple[Any, Any] = (None, None)  # what looks after sharded parameters
 
     @property
     def rank(self) -> int:
@@ -78,11 +80,11 @@ class Site:
         return float(self.module.scaling[self.adapter])
 
     def downs(self, like_down: Tensor) -> Tensor:
-        """A tensor of `down`'s shape, as matrices: (parts, r, in)."""
+        """A (whole) tensor of `down`'s shape, as matrices: (parts, r, in)."""
         return like_down.reshape(len(self.parts), like_down.shape[0] // len(self.parts), -1)
 
     def ups(self, like_up: Tensor) -> Tensor:
-        """A tensor of `up`'s shape, as matrices: (parts, out, r)."""
+        """A (whole) tensor of `up`'s shape, as matrices: (parts, out, r)."""
         count = len(self.parts)
         if self.kind == "expert":  # the expert is the fastest index of B's columns
             return like_up.reshape(like_up.shape[0], -1, count).permute(2, 0, 1)
@@ -101,13 +103,13 @@ class Site:
 
     def specs(self) -> Iterator[LayerSpec]:
         """One for each part."""
-        _, rank, width = self.downs(self.down.detach()).shape
+        count, rows = len(self.parts), self.up.shape[0]
         for part in self.parts:
             yield LayerSpec(
                 name=part,
-                out_features=self.ups(self.up.detach()).shape[1],
-                in_features=width,
-                rank=rank,
+                out_features=rows if self.kind == "expert" else rows // count,
+                in_features=math.prod(self.down.shape[1:]),
+                rank=self.rank,
                 scale=self.scale,
                 down_dtype=dtype_name(self.down.dtype),
                 up_dtype=dtype_name(self.up.dtype),
@@ -134,7 +136,7 @@ def factors_of(model: nn.Module, found: Mapping[str, Site]) -> Adapter:
 
     def load(name: str) -> LoraLayer:
         site, index = places[name]
-        down, up = site.downs(site.down.detach())[index], site.ups(site.up.detach())[index]
+        down, up = site.downs(gathered(site.down))[index], site.ups(gathered(site.up))[index]
         return LoraLayer(name=name, down=down, up=up, scale=site.scale)
 
     return Adapter(
@@ -180,8 +182,8 @@ def put_factors(
 
 def place(site: Site, down: Tensor, up: Tensor, *, scale: float) -> None:
     """Put tensors of the parameters' layout into one module; `record_ranks` has to follow."""
-    for parameter, tensor in ((site.down, down), (site.up, up)):
-        _refill(parameter, tensor)
+    for parameter, tensor, owner in zip((site.down, site.up), (down, up), site.owners, strict=True):
+        _refill(parameter, tensor) if owner is None else refill(parameter, tensor, owner)
     module, name, rank = site.module, site.adapter, _declared_rank(site)
     module.r[name] = rank
     module.scaling[name] = scale
@@ -227,13 +229,16 @@ def sites(model: nn.Module, adapter_name: str = "default") -> dict[str, Site]:
     from peft.tuners.lora import LoraLayer as PeftLayer
 
     found: dict[str, Site] = {}
-    owners: dict[int, str] = {}
+    holders: dict[int, str] = {}
+    sharded = owners(unwrapped(model))
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, PeftLayer) and adapter_name in (*module.lora_A, *module.lora_embedding_A):
             site = site_of(name.removeprefix(PREFIX), module, adapter_name)
+            site = replace(site, owners=(sharded.get(id(site.down)), sharded.get(id(site.up))))
             for parameter in (site.down, site.up):
                 # A tied embedding's parameters are transposed views of another's.
-                shared = owners.setdefault(parameter.data_ptr() or id(parameter), site.name)
+                place_in_memory = 0 if is_sharded(parameter) else parameter.data_ptr()
+                shared = holders.setdefault(place_in_memory or id(parameter), site.name)
                 if shared != site.name:
                     raise UnsupportedAdapter(f"modules '{shared}' and '{site.name}' share factors: they are tied")
             found[site.name] = site
@@ -309,8 +314,8 @@ def _planned(
     missing = [part for part in site.parts if part not in factors]
     if missing:
         raise RankError(f"layer '{missing[0]}' is stored together with all of '{whole(missing[0])}': give all of them")
-    _, _, width = site.downs(site.down.detach()).shape
-    _, height, _ = site.ups(site.up.detach()).shape
+    one = next(site.specs())
+    width, height = one.in_features, one.out_features
     rank = factors[site.parts[0]][0].shape[0]
     for part in site.parts:
         down, up = factors[part]
@@ -319,8 +324,9 @@ def _planned(
                 f"layer '{part}': A {list(down.shape)} and B {list(up.shape)} do not fit; "
                 f"this module takes ({rank or 'r'}, {width}) and ({height}, {rank or 'r'})"
             )
-    downs = torch.stack([factors[part][0].detach().to(site.down) for part in site.parts])
-    ups = torch.stack([factors[part][1].detach().to(site.up) for part in site.parts])
+    device = site.down.device
+    downs = torch.stack([factors[part][0].detach().to(device, site.down.dtype) for part in site.parts])
+    ups = torch.stack([factors[part][1].detach().to(device, site.up.dtype) for part in site.parts])
     own = {_scale_of(part, site, scale) for part in site.parts}
     if len(own) > 1:
         raise RankError(f"the parts of module '{site.name}' share one scale; they were given {sorted(own)}")

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_squeeze.annealing.live import place, record_ranks, site_of, sites, unwrapped
 from lora_squeeze.annealing.replicas import rebuild_reducers
+from lora_squeeze.annealing.sharding import is_sharded
 
 __all__ = ["follow_loaded_ranks"]
 
@@ -43,7 +44,7 @@ def _resize(adapter: str, name: str, module: Any, state: Mapping[str, torch.Tens
         down, up = (state.get(f"{prefix}lora_embedding_{factor}.{adapter}") for factor in "AB")
     else:
         down, up = (state.get(f"{prefix}lora_{factor}.{adapter}.weight") for factor in "AB")
-    if down is None or up is None or down.shape == site.down.shape:
+    if down is None or up is None or down.shape == site.down.shape or is_sharded(site.down):
         return
     if down.dim() != site.down.dim() or down.shape[1:] != site.down.shape[1:] or up.shape[0] != site.up.shape[0]:
         return  # of another model: load_state_dict says so

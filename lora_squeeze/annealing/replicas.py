@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_squeeze.annealing.live import Site, unwrapped
+from lora_squeeze.annealing.sharding import is_sharded
 from lora_squeeze.errors import LoraSqueezeError, UnsupportedAdapter
 
 __all__ = ["agreed", "check_processes", "on_device", "rebuild_reducers"]
@@ -51,17 +52,16 @@ def check_processes(model: nn.Module, sites: dict[str, Site]) -> None:
                     f"module '{site.name}': DeepSpeed ZeRO-3 holds its factors in pieces of fixed sizes, so their "
                     "rank cannot change; train with DistributedDataParallel, or squeeze the adapter after the training"
                 )
-            if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "FlatParameter":
+            if type(parameter).__name__ == "FlatParameter" or (is_sharded(parameter) and None in site.owners):
                 raise UnsupportedAdapter(
-                    f"module '{site.name}': its factors are sharded (FSDP or tensor parallelism), and shards of fixed "
-                    "sizes cannot change their rank; leave the LoRA parameters out of the sharding, or train with "
-                    "DistributedDataParallel"
+                    f"module '{site.name}': tensor parallelism has divided its factors, and such pieces cannot change "
+                    "their rank; train with DistributedDataParallel or FSDP 2, or squeeze the saved adapter"
                 )
     for module in unwrapped(model).modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise UnsupportedAdapter(
                 "FullyShardedDataParallel (FSDP 1) keeps the factors in flat parameters of fixed size; use FSDP 2 "
-                "without sharding the LoRA parameters, or DistributedDataParallel"
+                "(fsdp_version: 2), or DistributedDataParallel"
             )
     for wrapper in _reducing(model):
         if wrapper.mixed_precision is not None:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_squeeze.annealing.live import factors_of, sites
+from lora_squeeze.annealing.live import factors_of, sites, unwrapped
 from lora_squeeze.annealing.loading import follow_loaded_ranks
 from lora_squeeze.annealing.rates import Rates, apply_rates, warm, wrap_scheduler
 from lora_squeeze.annealing.replicas import check_processes
 from lora_squeeze.annealing.schedule import Schedule
+from lora_squeeze.annealing.sharding import reshard
 from lora_squeeze.annealing.switch import Switch, switch
 from lora_squeeze.annealing.targets import Targets, parse_targets, within
 from lora_squeeze.annealing.transport import check_optimizer, innermost
@@ -126,6 +127,7 @@ class Squeezer:
         """The factors, which keep their identity, once everything is known to work."""
         for optimizer in self.optimizers:
             check_optimizer(optimizer, state=state)
+        reshard(unwrapped(self.model))
         found = sites(self.model, self._adapter_name)
         check_processes(self.model, found)
         self._rates.check(self.schedule, self._scheduler)

@@ -21,6 +21,7 @@ from lora_squeeze.annealing import eightbit
 from lora_squeeze.annealing.change import Change, change_to, decomposed
 from lora_squeeze.annealing.live import Site, factors_of, place, record_ranks, sites, unwrapped
 from lora_squeeze.annealing.replicas import agreed, check_processes, on_device, rebuild_reducers
+from lora_squeeze.annealing.sharding import gathered, is_sharded, reshard
 from lora_squeeze.annealing.transport import Carry, carried, check_optimizer, innermost
 from lora_squeeze.errors import RankError
 from lora_squeeze.records import Ranks, Spectrum
@@ -125,9 +126,13 @@ def switch(
     optimizers = [innermost(optimizer) for optimizer in optimizers]
     for optimizer in optimizers:
         check_optimizer(optimizer, state=state)
+    reshard(unwrapped(model))
     found = sites(model, adapter_name)
     check_processes(model, found)
     adapter = factors_of(model, found)
+    # Every process takes part in gathering shards, and only process 0 looks at them.
+    layers = {name: adapter.load(name) for name in adapter.layers}
+    adapter = replace(adapter, load=layers.__getitem__)
     decision = agreed(lambda: _decide(adapter, choose, balance=balance))
     moved = {name: site for name, site in found.items() if _changes(site, decision)}
     carries = _carries(moved, decision)
@@ -190,7 +195,7 @@ def _carries(found: Mapping[str, Site], decision: _Decision) -> dict[nn.Paramete
 
 def _exchange(site: Site, carries: Mapping[nn.Parameter, Carry]) -> _Exchange:
     changes = carries[site.down].changes
-    downs, ups = site.downs(site.down.detach()), site.ups(site.up.detach())
+    downs, ups = site.downs(gathered(site.down)), site.ups(gathered(site.up))
     down = site.as_down(torch.stack([change.down(one) for change, one in zip(changes, downs, strict=True)]))
     up = site.as_up(torch.stack([change.up(one) for change, one in zip(changes, ups, strict=True)]))
     gradients = tuple(
@@ -232,7 +237,8 @@ def _commit(
 
 def _as_it_is(site: Site) -> _Exchange:
     alpha = site.module.lora_alpha[site.adapter]
-    return _Exchange(site, site.down.data, site.up.data, (site.down.grad, site.up.grad), alpha)
+    down, up = (gathered(one) if is_sharded(one) else one.data for one in (site.down, site.up))
+    return _Exchange(site, down, up, (site.down.grad, site.up.grad), alpha)
 
 
 def _put(exchange: _Exchange) -> None:

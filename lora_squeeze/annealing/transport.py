@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from lora_squeeze.annealing import eightbit
 from lora_squeeze.annealing.change import Change
 from lora_squeeze.annealing.live import Site
+from lora_squeeze.annealing.sharding import gathered, is_sharded, spread
 from lora_squeeze.errors import SettingsError
 
 __all__ = ["RULES", "STATES", "Carry", "carried", "check_optimizer", "innermost"]
@@ -80,14 +81,14 @@ class Carry:
     changes: tuple[Change, ...]
 
     def __call__(self, tensor: Tensor, rule: str) -> Tensor:
-        """Map one state by "gradient", "point", "square" or "root", in its own dtype."""
+        """Map one state by "gradient", "point", "square" or "root", in its own dtype; shards stay shards."""
         if rule == "root":
             return self(tensor.square(), "square").sqrt()
-        down = self.side == "down"
-        matrices = self.site.downs(tensor) if down else self.site.ups(tensor)
+        down, given = self.side == "down", gathered(tensor)
+        matrices = self.site.downs(given) if down else self.site.ups(given)
         mapped = torch.stack([self._one(*pair, rule) for pair in zip(matrices, self.changes, strict=True)])
         result = self.site.as_down(mapped) if down else self.site.as_up(mapped)
-        return result.contiguous().to(tensor.dtype)
+        return spread(result.contiguous().to(tensor.dtype), tensor)
 
     def _one(self, matrix: Tensor, change: Change, rule: str) -> Tensor:
         """(r, in) → (k, in), or (out, r) → (out, k)."""
@@ -149,12 +150,18 @@ def carried(
         return {parameter: {} for parameter in owned}
     rules = _rules_of(optimizer)
     new: dict[nn.Parameter, dict[str, Any]] = {}
+    blockwise = eightbit.is_bitsandbytes(optimizer)
     for parameter in owned:
         before: dict[str, Any] = optimizer.state.get(parameter, {})
+        if before and is_sharded(parameter) and (blockwise or {"row", "column"} & set(rules.values())):
+            raise SettingsError(
+                f"{_name(type(optimizer))}: its state under FSDP cannot be carried through a change of rank, as it is "
+                "no tensor of the parameter's shape; take AdamW, or state='reset'"
+            )
         unknown = [key for key, value in before.items() if key not in rules and value is not None]
-        if unknown and not eightbit.is_bitsandbytes(optimizer):
+        if unknown and not blockwise:
             raise SettingsError(f"{_refusal(optimizer)}: nothing is known of its state '{unknown[0]}'")
-        if eightbit.is_bitsandbytes(optimizer):
+        if blockwise:
             new[parameter] = eightbit.carried_state(optimizer, parameter, rules, carries[parameter])
         else:
             new[parameter] = _carried_state(before, rules, carries[parameter])
