@@ -37,11 +37,26 @@ __all__ = ["main"]
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+_SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Look at an adapter": (show_command, analyze_command, compare_command, report_command),
+    "Squeeze it": (compress_command, plan_command, batch_command, merge_command, run_command),
+    "Check and convert": (verify_command, check_command, convert_command),
+    "Measure on data": (evaluate_command, curve_command, calibrate_command),
+    "Train": (train_command, continue_command, campaign_command),
+}
+
+
 class _Group(click.Group):
     """Prints the project's own errors and those of the machine as one line; what is left is a bug.
 
     SIGTERM and SIGHUP end a command as Ctrl-C does: what it has begun is cleared away.
     """
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """In the order in which they are needed, under headings."""
+        for heading, commands in _SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(f"{command.name:<9}", command.get_short_help_str(70)) for command in commands])
 
     def invoke(self, ctx: click.Context) -> Any:
         with _ended_by_signals():
@@ -90,24 +105,5 @@ def main() -> None:
     """Find the rank a LoRA adapter really needs, and make it that small."""
 
 
-for command in (
-    show_command,
-    analyze_command,
-    plan_command,
-    compress_command,
-    compare_command,
-    report_command,
-    check_command,
-    convert_command,
-    verify_command,
-    merge_command,
-    calibrate_command,
-    train_command,
-    continue_command,
-    evaluate_command,
-    curve_command,
-    campaign_command,
-    batch_command,
-    run_command,
-):
+for command in (command for commands in _SECTIONS.values() for command in commands):
     main.add_command(command)

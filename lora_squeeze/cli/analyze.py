@@ -16,7 +16,7 @@ from lora_squeeze.settings import CHOICES
 __all__ = ["analyze_command"]
 
 
-@click.command("analyze")
+@click.command("analyze", short_help="What each rank would retain, and which one to take.")
 @click.argument("path")
 @click.option("--retain", default=0.95, help="Fraction of the variance to retain.")
 @click.option(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["batch_command"]
 
 
-@click.command("batch")
+@click.command("batch", short_help="Squeeze many adapters by one policy.")
 @click.argument("adapters", nargs=-1, required=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
 @click.option("--policy", default="variance=0.95", metavar="NAME=VALUE", help="How to choose ranks, for each adapter.")

@@ -25,7 +25,7 @@ def _parse_shard(_context: click.Context, _option: click.Parameter, text: str) -
     return int(match[1]), int(match[2])
 
 
-@click.command("calibrate")
+@click.command("calibrate", short_help="Measure on data what layers get, for --calibration.")
 @click.argument("paths", nargs=-1, required=True, metavar="ADAPTER | MOMENTS...")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .safetensors file to write.")
 @click.option("--gradients", is_flag=True, help="Weigh outputs by the loss's gradients, too.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["campaign_command", "campaign_from_file"]
 
 
-@click.group("campaign")
+@click.group("campaign", short_help="Train conditions × seeds, squeezed by themselves.")
 def campaign_command() -> None:
     """Train conditions × seeds from one TOML file, squeezed by themselves."""
 

@@ -10,7 +10,7 @@ from lora_squeeze.cli.source import open_source
 __all__ = ["check_command"]
 
 
-@click.command("check")
+@click.command("check", short_help="Whether a runtime would load it, and why not.")
 @click.argument("path")
 @runtime_options(required=True)
 @click.pass_context

@@ -14,7 +14,7 @@ from lora_squeeze.cli.source import open_source
 __all__ = ["compare_command"]
 
 
-@click.command("compare")
+@click.command("compare", short_help="All policies side by side at equal size.")
 @click.argument("path")
 @click.option(
     "--params", "fractions", default="0.5,0.25,0.125,0.0625", help="Fractions of the parameters to compare at."

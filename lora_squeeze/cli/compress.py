@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["choose", "chosen_policies", "compress_command"]
 
 
-@click.command("compress")
+@click.command("compress", short_help="Write the adapter with lower ranks; --keep, --push.")
 @click.argument("path")
 @click.argument("output")
 @click.option("--rank", type=click.IntRange(min=1), help="The new rank of all layers: --policy fixed=RANK.")

@@ -12,7 +12,7 @@ from lora_squeeze.cli.source import open_source
 __all__ = ["convert_command"]
 
 
-@click.command("convert")
+@click.command("convert", short_help="The same update as a kohya, diffusers or PEFT adapter.")
 @click.argument("path")
 @click.argument("output")
 @click.option("--to", required=True, type=click.Choice(("kohya", "diffusers", "peft")), help="The format of OUTPUT.")

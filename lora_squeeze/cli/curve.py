@@ -28,7 +28,7 @@ def _parse_fractions(_context: click.Context, _option: click.Parameter, text: st
         raise click.BadParameter(f"'{text}' is not a list of fractions such as 0.5,0.25") from None
 
 
-@click.command("curve")
+@click.command("curve", short_help="Quality against size, for several policies.")
 @click.argument("adapter")
 @click.option(
     "--policy", "policies", multiple=True, help="By name, as params.  Repeatable.  [default: fixed and params]"

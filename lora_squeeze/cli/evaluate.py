@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_command"]
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Loss, accuracy and more of adapters and ranks on data.")
 @click.argument("adapters", nargs=-1, required=True)
 @click.option("--metric", "metrics", multiple=True, help="loss, perplexity, accuracy, …  Repeatable.  [default: all]")
 @click.option("--ranks", default="", callback=parse_ranks, show_default=False, help="Also the first adapter at 4,8,16.")

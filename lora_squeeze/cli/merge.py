@@ -32,7 +32,7 @@ def _parse_weights(_context: click.Context, _option: click.Parameter, text: str)
         raise click.BadParameter(f"'{text}' is neither average nor sum nor a list of numbers such as 0.7,0.3") from None
 
 
-@click.command("merge")
+@click.command("merge", short_help="The weighted sum of adapters, exact or squeezed.")
 @click.argument("paths", nargs=-1, required=True)
 @click.argument("output")
 @click.option(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["plan_command"]
 
 
-@click.command("plan")
+@click.command("plan", short_help="Choose ranks layer by layer; write only numbers.")
 @click.argument("path")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the ranks to this JSON file.")
 @dtype_option

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["report_command"]
 
 
-@click.command("report")
+@click.command("report", short_help="A page in one file, every policy under a slider.")
 @click.argument("path")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .html file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")

@@ -16,7 +16,7 @@ from lora_squeeze.settings import Settings, read_settings
 __all__ = ["run_command"]
 
 
-@click.command("run")
+@click.command("run", short_help="Do what a TOML file says: squeeze, train or campaign.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--explain", is_flag=True, help="Say what would be done, and do nothing.")
 @click.pass_context

@@ -11,7 +11,7 @@ from lora_squeeze.cli.source import open_source
 __all__ = ["show_command"]
 
 
-@click.command("show")
+@click.command("show", short_help="What an adapter is: format, base, layers, ranks, bytes.")
 @click.argument("path")
 @as_json
 def show_command(path: str, as_json: bool) -> None:

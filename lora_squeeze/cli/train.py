@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["continue_command", "explain_run", "train_command", "train_from_file"]
 
 
-@click.command("train")
+@click.command("train", short_help="Train an adapter as a TOML file says.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: logs/NAME of CONFIG]")
 @click.option("--overwrite", is_flag=True, help="Begin anew if the folder holds a run.")
@@ -58,7 +58,7 @@ def train_from_file(
         _squeeze(settings.squeeze, record, as_json=as_json)
 
 
-@click.command("continue")
+@click.command("continue", short_help="Squeeze a saved adapter and train it on.")
 @click.argument("adapter")
 @click.option("--data", multiple=True, required=True, help="File, folder, data set or builtin:NAME.  Repeatable.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")

@@ -10,7 +10,7 @@ from lora_squeeze.cli.output import download_progress, print_record
 __all__ = ["verify_command"]
 
 
-@click.command("verify")
+@click.command("verify", short_help="Check a squeezed adapter against header and source.")
 @click.argument("output")
 @click.argument("source", required=False)
 @click.option("--layers", is_flag=True, help="Show what every layer lost.")
