@@ -12,9 +12,9 @@ from functools import cache
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, whole
 from lora_squeeze.decomposition import Decomposition, borrow_together, spectrum_of, together
-from lora_squeeze.errors import RankError, SettingsError
+from lora_squeeze.errors import RankError
 from lora_squeeze.formats import weights_size
-from lora_squeeze.formats.tensors import DTYPES
+from lora_squeeze.formats.tensors import DTYPES, dtype_spelling
 from lora_squeeze.policies import Cost
 from lora_squeeze.provenance import ENTRY, stated
 from lora_squeeze.records import Ranks, SqueezedLayer, error_over_all
@@ -47,7 +47,7 @@ def compress(
         one for every layer, none above the layer's own; a layer that keeps its rank keeps its bits,
         and a layer of rank 0 is left out.
     dtype
-        of the new factors, in safetensors' spelling; default: each as it was.
+        of the new factors, as "bf16" or "bfloat16"; default: each as it was.
     one_alpha
         give all layers one alpha instead of one scale, for runtimes that misread differing alphas.
     on_layer
@@ -61,8 +61,7 @@ def compress(
     """
     adapter = source.adapter if isinstance(source, Decomposition) else source
     check_device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise SettingsError(f"dtype '{dtype}' is not known; known are {', '.join(DTYPES)}")
+    dtype = dtype_spelling(dtype) if dtype else None
     _check_plan(adapter, ranks)
     scale = _shared_scale(adapter)
     biased = {_module_of(tensor.key) for tensor in adapter.pass_through if tensor.key.endswith(".lora_B.bias")}
@@ -175,6 +174,7 @@ class _Ahead(threading.local):
 
 def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "") -> Cost:
     """What files made of this adapter cost, for `policies.size`: nothing is computed for it."""
+    dtype = dtype_spelling(dtype) if dtype else None
 
     def component_bytes(spec: LayerSpec) -> int:
         down, up = DTYPES[dtype or spec.down_dtype], DTYPES[dtype or spec.up_dtype]

@@ -38,6 +38,21 @@ def rows(table: str) -> list[list[str]]:
     return [line.split() for line in table.splitlines() if re.match(r"\s*\d+\s", line)]
 
 
+def test_tables_in_a_pipe_have_no_spaces_at_the_ends_of_lines(adapter):
+    lines = prints("analyze", adapter, "--layers").splitlines()
+    assert len(lines) > 10
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_a_plan_does_not_call_its_policy_repeatable():
+    def said_of_policies(command: str) -> str:
+        text = " ".join(prints(command, "--help").split())
+        return text[text.index("How to choose ranks") : text.index("--by")]
+
+    assert "Repeatable" in said_of_policies("compress")
+    assert "Repeatable" not in said_of_policies("plan")
+
+
 # --- analyze ----------------------------------------------------------------------------------------------------
 
 

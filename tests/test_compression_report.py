@@ -37,8 +37,9 @@ from lora_squeeze import (
     squeeze,
     variance,
 )
-from lora_squeeze.errors import AdapterError, RankError
+from lora_squeeze.errors import AdapterError, RankError, SettingsError
 from lora_squeeze.formats.tensors import read_safetensors
+from lora_squeeze.verbs import choose_ranks
 
 # --- what is reported -------------------------------------------------------------------------------------------
 
@@ -216,6 +217,22 @@ def test_loaded_layers_are_what_is_written_and_stay_as_they_are(tmp_path):
     for name, layer in loaded.items():
         assert torch.equal(layer.down, written[f"{PREFIX}{name}.lora_A.weight"])
         assert torch.equal(layer.up, written[f"{PREFIX}{name}.lora_B.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "bf16", "bfloat16"])
+def test_a_dtype_may_be_spelled_as_in_safetensors_or_in_torch(tmp_path, dtype):
+    source = make_adapter(tmp_path / "adapter")
+    adapter = open_adapter(source)
+    compress_adapter(source, tmp_path / "out", 2, dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
+    decomposition = decompose(adapter)
+    assert choose_ranks(decomposition, "size=9kB", dtype=dtype) == choose_ranks(decomposition, "size=9kB", dtype="BF16")
+
+
+def test_a_dtype_that_is_not_known_is_an_error(tmp_path):
+    source = make_adapter(tmp_path / "adapter")
+    with pytest.raises(SettingsError, match="'int8' is not known; known are F64"):
+        compress_adapter(source, tmp_path / "out", 2, dtype="int8")
 
 
 def test_layers_that_are_expected_are_the_same_in_any_order(tmp_path):

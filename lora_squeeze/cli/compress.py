@@ -50,7 +50,7 @@ __all__ = ["choose", "chosen_policies", "compress_command"]
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @push_options
 @runtime_options()
-@rank_options
+@rank_options()
 @calibration_option
 @data_options(model="model-", required=False, base=False)
 @compute_options

@@ -46,7 +46,7 @@ def _parse_weights(_context: click.Context, _option: click.Parameter, text: str)
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.option("--layers", is_flag=True, help="Show every layer.")
 @runtime_options()
-@rank_options
+@rank_options()
 @compute_options
 @as_json
 def merge_command(

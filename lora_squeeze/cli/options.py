@@ -175,8 +175,20 @@ def runtime_options(*, required: bool = False) -> Callable[[Command], Command]:
     return add
 
 
-def rank_options(command: Command) -> Command:
-    """--policy and what limits any policy; the command gets them as one RankOptions."""
+def rank_options(*, repeatable: bool = True) -> Callable[[Command], Command]:
+    """--policy and what limits any policy; the command gets them as one RankOptions.
+
+    repeatable
+        whether the command takes several policies.
+    """
+
+    def add(command: Command) -> Command:
+        return _with_rank_options(command, repeatable=repeatable)
+
+    return add
+
+
+def _with_rank_options(command: Command, *, repeatable: bool) -> Command:
 
     def with_ranks(**values: Any) -> Any:
         limits = Limits(
@@ -218,7 +230,7 @@ def rank_options(command: Command) -> Command:
             "policies",
             multiple=True,
             metavar="NAME=VALUE",
-            help="How to choose ranks, as energy=0.9, params=0.25 or size=10MB.  Repeatable.",
+            help="How to choose ranks, as energy=0.9, params=0.25 or size=10MB." + "  Repeatable." * repeatable,
         ),
     ):
         decorated = option(decorated)

@@ -32,7 +32,12 @@ def print_table(table: RenderableType) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=200)
     segments = (Segment(printable(one.text), one.style, one.control) for one in console.render(table))
-    console.print(Segments(segments), end="")
+    with console.capture() as printed:
+        console.print(Segments(segments), end="")
+    text = printed.get()
+    if not console.is_terminal:
+        text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    console.file.write(text)
 
 
 def printable(text: str) -> str:

@@ -33,7 +33,7 @@ __all__ = ["plan_command"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the ranks to this JSON file.")
 @dtype_option
 @runtime_options()
-@rank_options
+@rank_options(repeatable=False)
 @calibration_option
 @compute_options
 @as_json

@@ -33,7 +33,7 @@ __all__ = ["report_command"]
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @dtype_option
 @runtime_options()
-@rank_options
+@rank_options()
 @calibration_option
 @compute_options
 def report_command(

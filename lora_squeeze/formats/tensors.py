@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_squeeze.documents import parse_json
-from lora_squeeze.errors import AdapterError, OutputError
+from lora_squeeze.errors import AdapterError, OutputError, SettingsError
 from lora_squeeze.parallel import ordered_map, run_length
 from lora_squeeze.scratch import lent, scratch
 
@@ -36,6 +36,7 @@ __all__ = [
     "SafetensorsFile",
     "TensorSpec",
     "dtype_name",
+    "dtype_spelling",
     "fingerprint",
     "memory_of",
     "read_safetensors",
@@ -57,6 +58,18 @@ _CHUNK = 1 << 20
 def dtype_name(dtype: torch.dtype) -> str:
     """safetensors' spelling of a floating-point torch dtype. Raises KeyError for other dtypes."""
     return {known: name for name, known in DTYPES.items()}[dtype]
+
+
+def dtype_spelling(dtype: str) -> str:
+    """safetensors' spelling of a dtype that is written as there or as in torch, in any case: bf16, bfloat16 → BF16.
+
+    Raises SettingsError for other dtypes.
+    """
+    known = {str(one).removeprefix("torch."): name for name, one in DTYPES.items()}
+    found = known.get(dtype.lower(), dtype.upper())
+    if found not in DTYPES:
+        raise SettingsError(f"dtype '{dtype}' is not known; known are {', '.join(DTYPES)}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
