@@ -33,7 +33,11 @@ def follow_loaded_ranks(model: nn.Module, adapter_name: str = "default") -> None
     following.add(adapter_name)
     # Partial functions that are told their module, so that the model can still be copied and pickled.
     for site in sites(bare, adapter_name).values():
-        site.module.register_load_state_dict_pre_hook(partial(_resize, adapter_name, site.key))
+        resize = partial(_resize, adapter_name, site.key)
+        if hasattr(site.module, "register_load_state_dict_pre_hook"):
+            site.module.register_load_state_dict_pre_hook(resize)
+        else:  # torch 2.4
+            site.module._register_load_state_dict_pre_hook(resize, with_module=True)
     bare.register_load_state_dict_post_hook(partial(_record, adapter_name))
 
 
