@@ -50,7 +50,7 @@ def scores(results: Results, make: Callable[[int], Run], branch: str = "") -> li
 
 def _setting(high: float, rates: dict[int, float]) -> str:
     tuned = ", ".join(f"{rate:g} at rank {rank}" for rank, rate in sorted(rates.items()))
-    tried = ", ".join(f"{rate:g}" for rate in RATES)
+    tried = "; ".join(f"{', '.join(f'{rate:g}' for rate in some)} at rank {rank}" for rank, some in RATES.items())
     return (
         f"all-MiniLM-L6-v2 on TREC's 50 fine classes, all linear layers adapted, {STEPS} steps of {BATCH} questions "
         f"for every run, AdamW, {WARMUP} steps of warm-up and then a constant rate ({HEAD} times as high for the new "

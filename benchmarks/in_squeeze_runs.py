@@ -1,7 +1,7 @@
 """The runs of the In-Squeeze benchmark: which there are, and how one is made.
 
-The learning rate is tuned on a validation split with seed 0, once at rank 64 and separately for each rank; the test
-split is only ever scored.
+The learning rate is tuned on a validation split with seed 0, once at rank 64, and separately at ranks 8
+(for 8 and 4) and 1 (for 2 and 1); the test split is only ever scored.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 SOURCE, TARGETS = 64, (1, 2, 4, 8)
-STEPS, WARMUP, BATCH = 160, 16, 16
-CONTINUED, LEAST = 32, 10  # steps after Cont-Squeeze's squeeze, and of every stage in "Minimum Steps"
+STEPS, WARMUP, BATCH = 120, 12, 16
+CONTINUED, LEAST = 24, 8  # steps after Cont-Squeeze's squeeze, and of every stage in "Minimum Steps"
 SEEDS = (0, 1, 2)
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = {64: (2e-4, 5e-4, 1e-3), 8: (1e-3, 2e-3, 4e-3), 1: (2e-3, 4e-3, 8e-3)}  # tried at each of these ranks
+TUNED_AT = {64: 64, 8: 8, 4: 8, 2: 1, 1: 1}  # whose best rate a rank takes
 HEAD = 10  # the classification head is new and learns at so many times the rate, at every rank
 
 
@@ -76,35 +77,41 @@ def planned(results: Results) -> Iterator[Run]:
     if any(run.key not in results for run in tuning()):
         return
     high = best_rate(results, SOURCE)
-    rates = {rank: best_rate(results, rank) for rank in TARGETS}
     for seed in SEEDS:
         yield Run("source", SOURCE, high, seed)
-        for rank in TARGETS:
+        for rank in (8, 1):
             yield Run("in-squeeze", rank, high, seed, f"minimum={LEAST}")
-            yield Run("direct", rank, rates[rank], seed)
-    for seed in SEEDS:
-        for rank in TARGETS:
+            yield Run("direct", rank, best_rate(results, rank), seed)
             yield Run("in-squeeze", rank, high, seed, "standard")
-            yield Run("direct", rank, high, seed)
     for rank in (64, 32, 8, 1):
         yield Run("cost", rank, high)
     yield Run("geometry", SOURCE, high)
     for seed in SEEDS:
-        for rank in (1, 8):
+        for rank in (8, 1):
             yield Run("in-squeeze", rank, high, seed, f"minimum={LEAST}", state="reset")
             yield Run("in-squeeze", rank, high, seed, f"minimum={LEAST}", balance="balanced")
+    for seed in SEEDS:
+        for rank in (4, 2):
+            yield Run("in-squeeze", rank, high, seed, f"minimum={LEAST}")
+            yield Run("direct", rank, best_rate(results, rank), seed)
+            yield Run("in-squeeze", rank, high, seed, "standard")
+    for seed in SEEDS:
+        for rank in (8, 1):
             yield Run("in-squeeze", rank, high, seed, f"minimum={LEAST}", per_rank=True)
+        for rank in TARGETS:
+            yield Run("direct", rank, high, seed)
 
 
 def tuning() -> Iterator[Run]:
-    for rate in RATES:
-        for rank in (SOURCE, *TARGETS):
+    for rank, rates in RATES.items():
+        for rate in rates:
             yield Run("direct", rank, rate)
 
 
 def best_rate(results: Results, rank: int) -> float:
     """By accuracy on the validation split, with seed 0."""
-    return max(RATES, key=lambda rate: results[Run("direct", rank, rate).key]["validation"])
+    at = TUNED_AT[rank]
+    return max(RATES[at], key=lambda rate: results[Run("direct", at, rate).key]["validation"])
 
 
 # --- one run ------------------------------------------------------------------------------------------------------
