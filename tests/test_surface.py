@@ -154,6 +154,8 @@ ORDER = [
     "report.curve_plot",
     "report.arrangement",
     "report.html",
+    "report.plots",
+    "report.terminal",
     "",  # the façade
     "cli.options",
     "cli.output",

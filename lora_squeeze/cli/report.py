@@ -29,8 +29,11 @@ __all__ = ["report_command"]
 
 @click.command("report", short_help="A page in one file, every policy under a slider.")
 @click.argument("path")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .html file to write.")
-@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the page to this .html file.")
+@click.option(
+    "--plots", type=click.Path(path_type=Path), metavar="DIR", help="Write its figures as PNG and SVG to this folder."
+)
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @dtype_option
 @runtime_options()
 @rank_options()
@@ -38,7 +41,8 @@ __all__ = ["report_command"]
 @compute_options
 def report_command(
     path: str,
-    output: Path,
+    output: Path | None,
+    plots: Path | None,
     overwrite: bool,
     dtype: str | None,
     runtime: str,
@@ -50,7 +54,8 @@ def report_command(
 ) -> None:
     """Make a page to look at PATH: an adapter, or the JSON of analyze --json.
 
-    The page is one file that opens in a browser and needs no network.
+    The page is one file that opens in a browser and needs no network. Without --output and --plots,
+    two of its figures are shown in the terminal.
     """
     from lora_squeeze.policies import POLICIES
     from lora_squeeze.verbs import explore_adapter
@@ -58,7 +63,10 @@ def report_command(
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank, calibration=calibration)
-    _check_page(output, overwrite=overwrite)
+    if output is not None:
+        _check_page(output, overwrite=overwrite)
+    if plots is not None:
+        _check_plots(plots, overwrite=overwrite)
     if path.endswith(".json") and Path(path).is_file():
         exploration = _from_record(Path(path), rank_options, options)
     else:
@@ -75,7 +83,12 @@ def report_command(
                 options=options,
                 on_policy=advance,
             )
-    _write_page(exploration, output, overwrite=overwrite)
+    if output is not None:
+        _write_page(exploration, output, overwrite=overwrite)
+    if plots is not None:
+        _write_plots(exploration, plots, overwrite=overwrite)
+    if output is None and plots is None:
+        _show(exploration)
 
 
 def _check_page(output: Path, *, overwrite: bool) -> None:
@@ -96,6 +109,47 @@ def _write_page(exploration: Exploration, output: Path, *, overwrite: bool) -> N
     with new_file(output, overwrite=overwrite) as file:
         file.write_bytes(page)
     click.echo(f"{output}: {len(exploration.settings)} settings of all policies, {bytes_text(len(page))}")
+
+
+def _check_plots(folder: Path, *, overwrite: bool) -> None:
+    from lora_squeeze.extras import require
+
+    require("matplotlib", "plots")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file, and figures are written to a folder; choose another")
+    for file in _plot_files(folder):
+        if file.exists() and not overwrite:
+            raise OutputError(f"{file}: already exists; use --overwrite to replace it, or choose another folder")
+
+
+def _plot_files(folder: Path) -> list[Path]:
+    from lora_squeeze.report.plots import FIGURES, FORMATS
+
+    return [folder / f"{name}.{form}" for name in FIGURES for form in FORMATS]
+
+
+def _write_plots(exploration: Exploration, folder: Path, *, overwrite: bool) -> None:
+    from lora_squeeze.formats.folder import new_file
+    from lora_squeeze.report.plots import draw
+
+    files = _plot_files(folder)
+    with progress("Drawing", len(files)) as advance:
+        for file in files:
+            with new_file(file, overwrite=overwrite) as made:
+                draw(file.stem, exploration, made)
+            advance(file.name)
+    click.echo(f"{folder}: {len(files)} files: {', '.join(dict.fromkeys(file.stem for file in files))}")
+
+
+def _show(exploration: Exploration) -> None:
+    from rich.console import Console
+
+    from lora_squeeze.report.terminal import exploration_figures
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)
+    console.print(exploration_figures(exploration, width=console.width))
 
 
 def _from_record(path: Path, rank_options: RankOptions, options: tuple[str, ...]) -> Exploration:
