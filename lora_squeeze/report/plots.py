@@ -166,8 +166,11 @@ def _percent(axis: Any, *, digits: int = 0) -> None:
 
 
 def _log_percent(axis: Any) -> None:
+    def percent(value: float, _place: int) -> str:
+        return f"{100 * value:g}%"
+
     ticker = require("matplotlib.ticker", "plots")
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _place: f"{100 * value:g}%"))
+    axis.set_major_formatter(ticker.FuncFormatter(percent))
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
