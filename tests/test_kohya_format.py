@@ -324,6 +324,18 @@ def test_files_without_lora_and_folders_with_several_files_are_refused(tmp_path)
         open_adapter(tmp_path)
 
 
+def test_the_name_of_a_file_does_not_say_what_it_is(tmp_path):
+    file = save(tmp_path / "adapter_model.safetensors", *three_modules())
+    assert open_adapter(file).format == open_adapter(tmp_path).format == "kohya"
+
+
+def test_a_dtype_that_nobody_knows_names_file_and_key(tmp_path):
+    file = save(tmp_path / "in.safetensors", {"odd": torch.ones(2), "weight": torch.ones(2, dtype=torch.float16)})
+    file.write_bytes(file.read_bytes().replace(b'"F16"', b'"X16"'))
+    with pytest.raises(AdapterError, match=r"in\.safetensors: 'weight' has dtype X16"):
+        open_adapter(file)
+
+
 def test_unknown_tensors_are_kept_and_reported(tmp_path):
     source = save(tmp_path / "in.safetensors", *three_modules(), {"emb_params": torch.ones(3, dtype=torch.int16)})
     result = compress_adapter(source, tmp_path / "out.safetensors", 2)

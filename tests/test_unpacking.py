@@ -18,7 +18,7 @@ from lora_squeeze.formats import unpacking
 from lora_squeeze.formats.unpacking import unpack
 
 MB = 10**6
-CORPUS = Path(__file__).parent / "corpus" / "archives"
+CORPUS = Path(__file__).parent / "archives"
 
 
 def tar_bytes(*members: tuple[tarfile.TarInfo | str, bytes], mode: str = "w", **options) -> bytes:

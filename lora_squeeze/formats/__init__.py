@@ -16,7 +16,7 @@ from lora_squeeze.formats.folder import check_output, new_file, new_folder
 from lora_squeeze.formats.hub import fetch_from_hub, parse_hub_path
 from lora_squeeze.formats.kohya import is_kohya, kohya_size, open_kohya, write_kohya
 from lora_squeeze.formats.peft import open_peft, peft_size, sniff_peft, write_peft
-from lora_squeeze.formats.peft_config import config_for
+from lora_squeeze.formats.peft_config import CONFIG, WEIGHTS, config_for
 from lora_squeeze.formats.remote import Fetched, OnDownload
 from lora_squeeze.formats.tensors import SafetensorsFile, read_safetensors
 from lora_squeeze.formats.tinker import fetch_from_tinker, is_tinker_path
@@ -128,6 +128,8 @@ def _fetch(path: str, on_download: OnDownload | None) -> Fetched | None:
 
 
 def _open_local(location: Path) -> Adapter:
+    if misnamed := _image_file_named_as_peft(location):
+        return misnamed.open(location / WEIGHTS if location.is_dir() else location)
     if location.is_file() and location.name.startswith("adapter_") and sniff_peft(location.parent):
         raise AdapterError(f"{location}: is a file of a PEFT adapter; give its folder: {location.parent}")
     if location.is_dir() and not sniff_peft(location):
@@ -139,6 +141,14 @@ def _open_local(location: Path) -> Adapter:
         f"{location}: no adapter found here: its tensors are named neither as kohya's tools nor as diffusers name "
         "them, and a PEFT adapter is a folder with adapter_config.json"
     )
+
+
+def _image_file_named_as_peft(location: Path) -> Format | None:
+    """What a file named adapter_model.safetensors is (or that of a folder), if no configuration is beside it."""
+    file = location / WEIGHTS if location.is_dir() else location
+    if file.name != WEIGHTS or not file.is_file() or (file.parent / CONFIG).exists():
+        return None
+    return next((one for one in FORMATS.values() if one.single_file and one.sniff(file)), None)
 
 
 def _only_file(folder: Path) -> Path:

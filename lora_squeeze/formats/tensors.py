@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import threading
 import zlib
@@ -179,6 +180,9 @@ def read_safetensors(path: Path) -> SafetensorsFile:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = parse_json(file.read(length))
     except SafetensorError as error:
+        if unknown := re.search(r"unknown variant `([^`]*)`", str(error)):
+            key = _first_of_dtype(unknown[1], path)
+            raise AdapterError(f"{path}: '{key}' has dtype {unknown[1]}, which safetensors does not know") from error
         raise AdapterError(f"{path}: not a sound safetensors file ({error}); fetch or save it again") from error
     except FileNotFoundError as error:
         raise AdapterError(f"{path}: no such file") from error
@@ -260,6 +264,14 @@ def safetensors_size(blocks: Iterable[Block], metadata: Mapping[str, str]) -> in
     """The exact size in bytes of the file that `write_safetensors` would write."""
     specs = [spec for block in _in_file_order(blocks) for spec in block.specs]
     return len(_header(specs, metadata)) + sum(spec.nbytes for spec in specs)
+
+
+def _first_of_dtype(dtype: str, path: Path) -> str:
+    """Which tensor a header that safetensors has refused gives this dtype."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = parse_json(file.read(length))
+    return next((key for key, entry in header.items() if entry.get("dtype") == dtype), "?")
 
 
 def sha256_of_file(path: Path, *, identity: tuple[int, int, int] | None = None) -> str:
