@@ -84,7 +84,7 @@ def merge_command(
     if len(policies) > 1:
         raise click.UsageError("a merge has one --policy; write it at full rank and compress that with several")
     if not policies and (rank_options.limits != Limits() or rank_options.by != "mean"):
-        raise click.UsageError("--by and limits on ranks need a --rank, --retain or --policy that they belong to")
+        raise click.UsageError("--by and limits on ranks need a --rank, --retain or --policy that they limit")
     adapters = [open_source(path) for path in paths]
     shares = {"average": None, "sum": (1.0,) * len(adapters)}.get(weights) if isinstance(weights, str) else weights
     merged = merge(adapters, shares, allow_other_base=allow_other_base, keep_first=keep_first)
