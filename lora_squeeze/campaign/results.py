@@ -9,7 +9,17 @@ from typing import Any
 
 from lora_squeeze.campaign.manifest import Manifest, RunEntry
 
-__all__ = ["METRICS", "Mean", "curve", "family_of", "main_metric", "mean_of", "metrics_of", "squeezed_against_direct"]
+__all__ = [
+    "METRICS",
+    "Mean",
+    "curve",
+    "family_of",
+    "main_metric",
+    "mean_of",
+    "means_side_by_side",
+    "metrics_of",
+    "squeezed_against_direct",
+]
 
 # What runs are compared by, the most telling first, and whether more of it is better.
 METRICS: Mapping[str, bool] = {
@@ -51,6 +61,18 @@ def metrics_of(manifest: Manifest) -> tuple[str, ...]:
 def main_metric(manifest: Manifest) -> str:
     """The most telling metric of all finished runs; "" if none has finished."""
     return next(iter(metrics_of(manifest)), "")
+
+
+def means_side_by_side(a: Manifest, b: Manifest, metric: str) -> list[tuple[str, Mean | None, Mean | None]]:
+    """Each condition of either campaign, with its mean over seeds in both; None where nothing was measured."""
+
+    def mean(manifest: Manifest, condition: str) -> Mean | None:
+        finished = (one for one in manifest.runs if one.condition == condition and one.status == "finished")
+        values = [one.metrics[metric] for one in finished if metric in one.metrics]
+        return mean_of(values) if values else None
+
+    conditions = dict.fromkeys((*a.conditions, *b.conditions))
+    return [(condition, mean(a, condition), mean(b, condition)) for condition in conditions]
 
 
 def curve(logged: Sequence[Sequence[Mapping[str, Any]]], metric: str, *, points: int) -> tuple[tuple[int, Mean], ...]:

@@ -8,24 +8,63 @@ import click
 
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.options import calibration_option, compute_options
-from lora_squeeze.cli.output import print_table
+from lora_squeeze.cli.output import print_record, print_table, progress
 from lora_squeeze.cli.source import open_source
 
 __all__ = ["compare_command"]
 
+_FRACTIONS = "0.5,0.25,0.125,0.0625"
 
-@click.command("compare", short_help="All policies side by side at equal size.")
+
+@click.command("compare")
 @click.argument("path")
-@click.option(
-    "--params", "fractions", default="0.5,0.25,0.125,0.0625", help="Fractions of the parameters to compare at."
-)
+@click.argument("other", required=False)
+@click.option("--params", "fractions", help=f"Fractions of the parameters to compare at.  [default: {_FRACTIONS}]")
+@click.option("--rank", type=click.IntRange(min=1), help="Directions to compare.  [default: the effective rank]")
+@click.option("--layers", is_flag=True, help="Show every layer of two adapters.")
+@click.option("--metric", default="", show_default=False, help="Of two campaigns.  [default: the most telling one]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
 @calibration_option
 @compute_options
 def compare_command(
+    path: str,
+    other: str | None,
+    fractions: str | None,
+    rank: int | None,
+    layers: bool,
+    metric: str,
+    as_json: bool,
+    calibration: Path | None,
+    method: str,
+    device: str,
+) -> None:
+    """Show all policies for the adapter at PATH, or the adapters or campaigns at PATH and OTHER, side by side.
+
+    Policies are compared at equal numbers of parameters. Two adapters of one model: their ranks and
+    energies, the cosine of their updates, and how far their leading directions are the same.
+    """
+    campaigns = other is not None and all((Path(one) / "manifest.json").is_file() for one in (path, other))
+    _refuse(other is None, {"--rank": rank, "--layers": layers, "--metric": metric}, "compares PATH with OTHER")
+    _refuse(other is not None, {"--params": fractions, "--calibration": calibration}, "compares policies for one PATH")
+    _refuse(other is not None and not campaigns, {"--metric": metric}, "compares two campaigns")
+    _refuse(campaigns, {"--rank": rank, "--layers": layers, "--json": as_json}, "compares two adapters")
+    if other is None:
+        _compare_policies(path, fractions or _FRACTIONS, as_json, calibration, method, device)
+    elif campaigns:
+        _compare_campaigns(Path(path), Path(other), metric)
+    else:
+        _compare_adapters(path, other, rank, layers, as_json, method, device)
+
+
+def _refuse(wrong: bool, options: dict[str, object], what: str) -> None:
+    given = [option for option, value in options.items() if value]
+    if wrong and given:
+        raise click.UsageError(f"{given[0]} {what}")
+
+
+def _compare_policies(
     path: str, fractions: str, as_json: bool, calibration: Path | None, method: str, device: str
 ) -> None:
-    """Show all policies side by side at equal numbers of parameters."""
     from lora_squeeze.comparison import compare_policies
     from lora_squeeze.compression import file_cost
     from lora_squeeze.records import outcomes_to_json
@@ -42,3 +81,28 @@ def compare_command(
         click.echo(outcomes_to_json(outcomes))
     else:
         print_table(comparison_table(outcomes, source=adapter.source))
+
+
+def _compare_adapters(
+    path: str, other: str, rank: int | None, layers: bool, as_json: bool, method: str, device: str
+) -> None:
+    from lora_squeeze.pairing import pair_up
+    from lora_squeeze.report.pairs import likeness_table
+
+    a, b = (decomposed(open_source(one), method=method, device=device) for one in (path, other))
+    with progress("Comparing", len(a.spectra)) as advance:
+        found = pair_up(a, b, rank=rank, on_layer=advance)
+    print_record(found, lambda record: likeness_table(record, layers=layers), as_json=as_json)
+
+
+def _compare_campaigns(path: Path, other: Path, metric: str) -> None:
+    from lora_squeeze.campaign.manifest import read_manifest, refreshed
+    from lora_squeeze.campaign.results import METRICS, main_metric, means_side_by_side
+    from lora_squeeze.report.pairs import campaigns_table
+
+    a, b = (refreshed(read_manifest(one), one) for one in (path, other))
+    chosen = metric or main_metric(a)
+    if chosen not in METRICS:
+        why = f"'{chosen}' is not one of {', '.join(METRICS)}" if chosen else f"no run of {path} has finished"
+        raise click.BadParameter(why, param_hint="--metric")
+    print_table(campaigns_table((a, b), means_side_by_side(a, b, chosen), metric=chosen))
