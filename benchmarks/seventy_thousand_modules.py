@@ -28,7 +28,7 @@ from lora_squeeze.verbs import choose_ranks
 LAYERS, EXPERTS = 60, 384
 HIDDEN, FFN = 1024, 512
 RANK = 4
-POLICY = "energy=0.8"
+POLICY = "params=0.5"
 
 INTRODUCTION = f"""\
 bf16 factors of rank {RANK} on every expert of {LAYERS} layers with {EXPERTS} experts each (hidden {HIDDEN}, ffn {FFN}),
