@@ -11,6 +11,7 @@ dequantised.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,6 +51,7 @@ PLAIN_TEMPLATE = (
 )
 
 _CONFIG = "adapter_config.json"
+_PLAIN_NAME = re.compile(r"[\w.-]+")
 _CLASSES = {"causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification"}
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
@@ -144,7 +146,7 @@ def attach_lora(
     alpha
         0: twice the rank.
     target_modules
-        names, or ends of names, of modules; none: every linear layer but the head.
+        names, or ends of names, of modules, or regular expressions for them; none: every linear layer but the head.
 
     Raises ModelError if nothing in the model has these names.
     """
@@ -154,7 +156,7 @@ def attach_lora(
         r=rank,
         lora_alpha=alpha or 2 * rank,
         lora_dropout=dropout,
-        target_modules=list(target_modules) or "all-linear",
+        target_modules=_targets(target_modules),
         modules_to_save=list(modules_to_save) or None,
         use_rslora=rslora,
         use_dora=dora,
@@ -163,6 +165,19 @@ def attach_lora(
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"no LoRA can be attached to {type(model).__name__}: {_reason(error)}") from error
+
+
+def _targets(names: Sequence[str]) -> list[str] | str:
+    """As PEFT takes them: names as a list, regular expressions as one that matches a whole name."""
+    if all(_PLAIN_NAME.fullmatch(name) for name in names):
+        return list(names) or "all-linear"
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ModelError(f"target_modules: '{name}' is neither a name nor a regular expression: {error}") from error
+    ends = "|".join(re.escape(name) if _PLAIN_NAME.fullmatch(name) else name for name in names)
+    return rf"(?:.*\.)?(?:{ends})"
 
 
 def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str = "default") -> Any:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import save_tiny_bert, save_tiny_llama
+from tiny import save_tiny_bert, save_tiny_gemma, save_tiny_llama
 
 from lora_squeeze.errors import AdapterError, ModelError
 from lora_squeeze.models import (
@@ -70,6 +70,29 @@ def test_only_the_named_modules_get_a_lora(llama):
     assert (config.lora_alpha, config.use_rslora, config.target_modules) == (3, True, {"q_proj"})
     with pytest.raises(ModelError, match="LlamaForCausalLM"):
         attach_lora(load_model(str(llama), device="cpu"), rank=4, target_modules=["query"])
+
+
+def test_modules_can_be_named_by_regular_expressions(tmp_path):
+    folder = str(save_tiny_gemma(tmp_path / "gemma", sees=True))
+
+    def adapted(*names: str) -> set[str]:
+        model = attach_lora(load_model(folder, device="cpu"), rank=2, target_modules=names)
+        return {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+
+    queries = adapted("q_proj")
+    assert sum("vision_tower" in name for name in queries) == 1
+    text = adapted(r"language_model\.layers\..*_proj")
+    assert len(text) == 2 * 7
+    assert all(".language_model.layers." in name for name in text)
+    assert adapted(r"language_model\.layers\.1\..*q_proj", "o_proj", "fc1") == {
+        name
+        for name in adapted("q_proj", "o_proj", "fc1")
+        if ("vision_tower" in name.partition("self_attn")[0] and "fc1" in name)
+        or "language_model.layers.1." in name
+        or ("language_model" in name and "o_proj" in name)
+    }
+    with pytest.raises(ModelError, match=r"'\(q_proj' is neither a name nor a regular expression"):
+        adapted("(q_proj")
 
 
 def test_a_saved_adapter_comes_back_and_knows_its_base(llama, tmp_path):

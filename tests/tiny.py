@@ -12,6 +12,10 @@ from tokenizers.decoders import Fuse
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -60,6 +64,39 @@ def save_tiny_llama(folder: Path, *, template: str | None = None, **sizes: Any) 
         },
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_gemma(folder: Path, *, sees: bool = False) -> Path:
+    """A Gemma 3 of two layers and its tokenizer: text alone as the 1B, or with a vision tower as the larger ones."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    text = Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+    )
+    if sees:
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        pictures = {"vision_config": {**vision, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}
+        marks = {"image_token_index": 2, "boi_token_index": 3, "eoi_token_index": 4}
+        Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=text, pad_token_id=tokenizer.pad_token_id, **pictures, **marks)
+        ).save_pretrained(folder)
+    else:
+        Gemma3ForCausalLM(text).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
