@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from lora_squeeze.analysis import analyze
 from lora_squeeze.comparison import outcome_of
+from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import POLICIES, By, Cost, parse_policy
@@ -146,8 +147,8 @@ class Exploration:
     def from_json(cls, text: str) -> Exploration:
         """Read what `to_json` wrote. Raises RankError if the text is something else."""
         try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            fields = parse_json(text)
+        except ValueError as error:
             raise RankError(f"not valid JSON: {error}") from error
         if not isinstance(fields, dict) or fields.pop("record", None) != "Exploration":
             raise RankError('not an Exploration record: the field "record": "Exploration" is missing')

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from lora_squeeze.documents import parse_json
+from lora_squeeze.errors import RankError
 from lora_squeeze.records import Compression, Outcome
 
 __all__ = [
@@ -173,13 +175,47 @@ class Curve:
     points: tuple[CurvePoint, ...]
 
     def to_json(self) -> str:
-        """All fields."""
+        """All fields; `from_json` reads them back."""
         return _to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Curve:
+        """Read what `to_json` wrote. Raises RankError if the text is something else."""
+        try:
+            fields = parse_json(text)
+            if not isinstance(fields, dict) or fields.pop("record", None) != "Curve":
+                raise RankError('not a Curve record: the field "record": "Curve" is missing')
+            own: dict[str, Any] = {**fields["original"], "metrics": _estimates(fields["original"]["metrics"])}
+            original = Evaluated(**own)
+            points = [
+                CurvePoint(
+                    policy=str(point["policy"]),
+                    label=str(point["label"]),
+                    outcome=Outcome(**point["outcome"]),
+                    metrics=_estimates(point["metrics"]),
+                )
+                for point in fields["points"]
+            ]
+            if any(point.metrics.keys() != original.metrics.keys() for point in points):
+                raise ValueError("its points have not the metrics of the original")
+            return cls(
+                base=str(fields["base"]),
+                data=str(fields["data"]),
+                examples=int(fields["examples"]),
+                original=original,
+                points=tuple(points),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RankError(f"the curve is damaged: {error!r}") from error
 
 
 def evaluations_to_json(evaluations: Iterable[Evaluation]) -> str:
     """A JSON list of these records."""
     return json.dumps([dataclasses.asdict(one) for one in evaluations], indent=1, ensure_ascii=False)
+
+
+def _estimates(fields: dict[str, Any]) -> dict[str, Estimate]:
+    return {name: Estimate(**estimate) for name, estimate in fields.items()}
 
 
 def _to_json(record: Any) -> str:

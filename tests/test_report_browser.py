@@ -1,6 +1,7 @@
 """The page in a real browser: it loads in silence, and what it shows is what the Python policies say."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -9,13 +10,16 @@ import pytest
 from click.testing import CliRunner
 
 from lora_squeeze import decompose, open_adapter
+from lora_squeeze.campaign.overview import overview
 from lora_squeeze.cli import main
 from lora_squeeze.exploration import Exploration
+from lora_squeeze.measurements import Curve, CurvePoint, Estimate, Evaluated
 from lora_squeeze.policies import POLICIES
 from lora_squeeze.records import Ranks
 from lora_squeeze.report.html import report_page
 from lora_squeeze.verbs import choose_ranks, explore_adapter, outcome
 from tests.adapters import make_adapter, pair, write_raw
+from tests.campaigns import make_campaign
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -324,3 +328,74 @@ def test_without_the_adapter_there_are_no_bytes_and_no_servers(browser, tmp_path
     assert shown.page.locator("#mode-bytes").count() == 0
     assert "not known" in shown.page.locator("#servers").inner_text()
     shown.page.context.close()
+
+
+def test_measured_quality_is_shown(browser, tmp_path):
+    adapter = make_adapter(tmp_path / "a", r=8)
+    (tmp_path / "curve.json").write_text(curve_of(adapter).to_json())
+    made = ["report", str(adapter), "-o", str(tmp_path / "r.html"), "--curve", str(tmp_path / "curve.json")]
+    assert CliRunner().invoke(main, made).exit_code == 0
+    shown = open_page(browser, (None, tmp_path / "r.html"))
+    assert shown.page.locator("#quality-title").inner_text() == "Measured quality: 500 examples of <b>trec</b>"
+    assert shown.page.locator("#quality > figure").count() == 2
+    rows = shown.page.locator("#quality-table tbody tr").all_inner_texts()
+    assert [row.split() for row in rows] == [
+        ["original", "100%", "0.84", "0.6"],
+        ["params=0.5", "50.0%", "0.83", "within", "noise", "0.7", "worse"],
+        ["params=0.25", "on", "data", "25.0%", "0.81", "worse", "–", "worse"],
+    ]
+    assert shown.said == []
+    shown.page.context.close()
+    other = make_adapter(tmp_path / "b", r=4)
+    done = CliRunner().invoke(main, ["report", str(other), *made[2:3], str(tmp_path / "o.html"), *made[4:]])
+    assert done.exit_code == 1
+    assert "measured with another adapter" in done.output
+
+
+def curve_of(adapter) -> Curve:
+    found = decompose(open_adapter(adapter))
+
+    def point(label: str, share: float, accuracy: Estimate, loss: Estimate) -> CurvePoint:
+        kept = outcome(found, choose_ranks(found, f"params={share}"))
+        return CurvePoint("params", label, kept, {"accuracy": accuracy, "loss": loss})
+
+    noise = Estimate(0.83, 0.8, 0.86, -0.01, -0.03, 0.01, "within noise")
+    worse = Estimate(0.81, 0.78, 0.84, -0.03, -0.05, -0.01, "worse")
+    points = (
+        point("", 0.5, noise, Estimate(0.7, 0.6, 0.8, 0.1, 0.05, 0.15, "worse")),
+        point("on data", 0.25, worse, Estimate(math.nan, 0.6, 0.8, 0.1, 0.05, 0.15, "worse")),
+    )
+    own = {"accuracy": Estimate(0.84, 0.8, 0.88), "loss": Estimate(0.6, 0.5, 0.7)}
+    return Curve("tiny", "<b>trec</b>", 500, Evaluated("a", 8, found.adapter.parameters, own), points)
+
+
+def test_a_campaign_is_shown_with_the_adapter_of_a_run(browser, tmp_path):
+    folder = make_campaign(tmp_path / "my campaign")
+    done = CliRunner().invoke(main, ["report", str(folder), "-o", str(tmp_path / "r.html")])
+    assert done.exit_code == 0, done.output
+    shown = open_page(browser, (None, tmp_path / "r.html"))
+    page = shown.page
+    assert page.title() == page.locator("h1").inner_text() == "my campaign"
+    found = overview(folder)
+    rows = [row.split() for row in page.locator("#campaign-means tbody tr").all_inner_texts()]
+    mean = found.means["sft~lora_rank=8"]["eval_loss"]
+    assert rows[0] == ["sft~lora_rank=8", "2", f"{mean.mean:.4g}", "±", f"{mean.error:.2g}", "1", "±", "0"]
+    assert page.locator("#campaign-gains tbody tr").inner_text().split() == ["8", "+0.65", "±", "0.05"]
+    assert page.locator("#campaign-runs tbody tr").count() == 4
+    assert page.locator("#learning svg g[aria-label=line] path").count() == 2
+    assert page.locator("#reached svg g[aria-label=dot] circle").count() == 2
+    assert "sft~lora_rank=8_s1" in page.locator("#campaign-run").inner_text()
+    assert (
+        page.locator("#command")
+        .inner_text()
+        .startswith(f"lora-squeeze compress '{folder}/runs/sft~lora_rank=8_s1/final'")
+    )
+    assert shown.said == []
+    page.context.close()
+
+
+def test_a_campaign_of_which_nothing_has_finished_is_an_error(tmp_path):
+    folder = make_campaign(tmp_path / "c", finished=False)
+    done = CliRunner().invoke(main, ["report", str(folder), "-o", str(tmp_path / "r.html")])
+    assert done.exit_code == 1
+    assert "no run has finished yet" in done.output

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -20,9 +21,13 @@ from lora_squeeze.cli.options import (
 from lora_squeeze.cli.output import progress
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.errors import OutputError, RankError
+from lora_squeeze.measurements import Curve
 
 if TYPE_CHECKING:
+    from lora_squeeze.campaign.overview import Overview
     from lora_squeeze.exploration import Exploration
+
+Record = TypeVar("Record")
 
 __all__ = ["report_command"]
 
@@ -32,6 +37,12 @@ __all__ = ["report_command"]
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the page to this .html file.")
 @click.option(
     "--plots", type=click.Path(path_type=Path), metavar="DIR", help="Write its figures as PNG and SVG to this folder."
+)
+@click.option(
+    "--curve",
+    "curve_file",
+    type=click.Path(path_type=Path),
+    help="Quality measured with this adapter: what lora-squeeze curve wrote as .json.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @dtype_option
@@ -43,6 +54,7 @@ def report_command(
     path: str,
     output: Path | None,
     plots: Path | None,
+    curve_file: Path | None,
     overwrite: bool,
     dtype: str | None,
     runtime: str,
@@ -52,7 +64,7 @@ def report_command(
     method: str,
     device: str,
 ) -> None:
-    """Make a page to look at PATH: an adapter, or the JSON of analyze --json.
+    """Make a page to look at PATH: an adapter, the JSON of analyze --json, or a campaign's folder.
 
     The page is one file that opens in a browser and needs no network. Without --output and --plots,
     two of its figures are shown in the terminal.
@@ -67,6 +79,12 @@ def report_command(
         _check_page(output, overwrite=overwrite)
     if plots is not None:
         _check_plots(plots, overwrite=overwrite)
+    if curve_file is not None and output is None:
+        raise click.UsageError("--curve is shown in the page: give it a name with --output")
+    curve = _read_record(curve_file, Curve.from_json, "what lora-squeeze curve wrote") if curve_file else None
+    campaign = _campaign_at(Path(path))
+    if campaign is not None:
+        path = str(campaign.adapter)
     if path.endswith(".json") and Path(path).is_file():
         exploration = _from_record(Path(path), rank_options, options)
     else:
@@ -84,7 +102,7 @@ def report_command(
                 on_policy=advance,
             )
     if output is not None:
-        _write_page(exploration, output, overwrite=overwrite)
+        _write_page(exploration, output, curve=curve, campaign=campaign, overwrite=overwrite)
     if plots is not None:
         _write_plots(exploration, plots, overwrite=overwrite)
     if output is None and plots is None:
@@ -100,12 +118,22 @@ def _check_page(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
 
 
-def _write_page(exploration: Exploration, output: Path, *, overwrite: bool) -> None:
+def _campaign_at(path: Path) -> Overview | None:
+    if not (path / "manifest.json").is_file():
+        return None
+    from lora_squeeze.campaign.overview import overview
+
+    return overview(path)
+
+
+def _write_page(
+    exploration: Exploration, output: Path, *, curve: Curve | None, campaign: Overview | None, overwrite: bool
+) -> None:
     from lora_squeeze.formats.folder import new_file
     from lora_squeeze.report.html import report_page
     from lora_squeeze.sizes import bytes_text
 
-    page = report_page(exploration).encode()
+    page = report_page(exploration, curve=curve, campaign=campaign).encode()
     with new_file(output, overwrite=overwrite) as file:
         file.write_bytes(page)
     click.echo(f"{output}: {len(exploration.settings)} settings of all policies, {bytes_text(len(page))}")
@@ -157,14 +185,18 @@ def _from_record(path: Path, rank_options: RankOptions, options: tuple[str, ...]
     from lora_squeeze.policies import POLICIES
     from lora_squeeze.records import Analysis
 
-    try:
-        analysis = Analysis.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RankError(f"{path}: cannot be read: {error}") from error
-    except RankError as error:
-        raise RankError(f"{path}: {error}; give an adapter or what analyze --json printed") from error
+    analysis = _read_record(path, Analysis.from_json, "an adapter or what analyze --json printed")
     policies = rank_options.policies or (f"variance={analysis.min_variance_retention:g}",)
     with progress("Trying policies", len(POLICIES)) as advance:
         return explore_analysis(
             analysis, policies, by=rank_options.by, limits=rank_options.limits, options=options, on_policy=advance
         )
+
+
+def _read_record(path: Path, from_json: Callable[[str], Record], what: str) -> Record:
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RankError(f"{path}: cannot be read: {error}") from error
+    except RankError as error:
+        raise RankError(f"{path}: {error}; give {what}") from error

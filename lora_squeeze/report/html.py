@@ -17,21 +17,43 @@ from array import array
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lora_squeeze.errors import RankError
 from lora_squeeze.exploration import BUDGETS, RETENTIONS, Exploration
+from lora_squeeze.measurements import Curve
 from lora_squeeze.policies import parse_policy
 from lora_squeeze.report.arrangement import arrange
+from lora_squeeze.report.measured import campaign_section, quality_section
 from lora_squeeze.sizes import bytes_text
 from lora_squeeze.version import __version__
 
+if TYPE_CHECKING:
+    from lora_squeeze.campaign.overview import Overview
+
 __all__ = ["report_page", "vendored"]
 
-_SCRIPTS = ("record.js", "lookup.js", "text.js", "charts.js", "heatmap.js", "quality.js", "controls.js", "start.js")
+_SCRIPTS = (
+    "record.js",
+    "lookup.js",
+    "text.js",
+    "charts.js",
+    "heatmap.js",
+    "quality.js",
+    "campaign.js",
+    "controls.js",
+    "start.js",
+)
 
 
-def report_page(exploration: Exploration) -> str:
-    """The page, complete: save it as report.html."""
+def report_page(exploration: Exploration, *, curve: Curve | None = None, campaign: Overview | None = None) -> str:
+    """The page, complete: save it as report.html.
+
+    curve
+        quality that was measured with this adapter; campaign: the one that it is from.
+
+    Raises RankError if the curve was measured with another adapter.
+    """
     libraries = vendored()
     texts = [
         *(_text("vendor", name) for name in libraries),
@@ -49,11 +71,11 @@ def report_page(exploration: Exploration) -> str:
     )
     parts = {
         "policy": policy,
-        "title": html.escape(_title(exploration)),
+        "title": html.escape(campaign.folder.resolve().name if campaign else _title(exploration)),
         "generator": f"lora-squeeze {__version__}",
         "libraries": " and ".join(f"{one['package']} {one['version']}" for one in reversed(libraries.values())),
         "style": _text("page", "page.css"),
-        "record": _json(_record(exploration)),
+        "record": _json({**_record(exploration), **_measured(exploration, curve, campaign)}),
         "numbers": _numbers(exploration),
         "scripts": "\n".join(f"<script>{text}</script>" for text in texts),
     }
@@ -64,6 +86,23 @@ def report_page(exploration: Exploration) -> str:
         name, _, rest = piece.partition("}}")
         filled += [parts[name], rest]
     return "".join(filled)
+
+
+def _measured(exploration: Exploration, curve: Curve | None, campaign: Overview | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if campaign is not None:
+        folder = campaign.folder.resolve()
+        found |= {"campaign": campaign_section(campaign), "title": folder.name, "subtitle": str(campaign.folder)}
+    if curve is not None:
+        parameters = exploration.settings[0].outcome.source_parameters
+        measured = {point.outcome.source_parameters for point in curve.points} - {parameters}
+        if measured:
+            raise RankError(
+                f"the curve was measured with another adapter: that has {min(measured):,} parameters, and "
+                f"{exploration.analysis.source} has {parameters:,}"
+            )
+        found["quality"] = quality_section(curve)
+    return found
 
 
 def vendored() -> dict[str, dict[str, Any]]:
@@ -81,7 +120,8 @@ def _digest(text: str) -> str:
 
 def _json(value: Any) -> str:
     """JSON that no HTML parser can end early, and no line of which is a comment or an element to it."""
-    text = json.dumps(value, separators=(",", ":"))
+    finite = json.loads(json.dumps(value), parse_constant=lambda _name: None)  # NaN has no spelling in JSON
+    text = json.dumps(finite, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

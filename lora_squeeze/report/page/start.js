@@ -112,6 +112,7 @@ const Page = (() => {
     function drawAll() {
       Charts.show("variance", (width) => Charts.variance(record, width));
       Quality.show(record);
+      Campaign.show(record);
       drawSetting();
     }
 
