@@ -146,7 +146,11 @@ def test_a_command_that_is_told_to_end_clears_up(tmp_path, number):
     before = snapshot(source)
     command = [sys.executable, "-c", "from lora_squeeze.cli import main; main()"]
     command += ["compress", str(source), str(tmp_path / "out"), "--rank", "100"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed() -> None:  # nohup, and a shell's background jobs, leave these ignored
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         while not partial_folders(tmp_path) and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(number)
