@@ -49,7 +49,12 @@ def test_vendored_libraries_are_those_that_were_looked_at():
         assert found["version"] in content[:200].decode()
         for licence in found["license_files"]:
             assert "Copyright" in (REPORT / "vendor" / licence).read_text(encoding="utf-8")
-    known = {*vendored(), *(one for found in vendored().values() for one in found["license_files"]), "manifest.json"}
+    known = {
+        "README.md",
+        *vendored(),
+        *(one for found in vendored().values() for one in found["license_files"]),
+        "manifest.json",
+    }
     assert {file.name for file in REPORT.joinpath("vendor").iterdir()} == known
 
 
