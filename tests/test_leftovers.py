@@ -141,7 +141,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_command_that_is_told_to_end_clears_up(tmp_path, number):
-    layers = {key: tensor for n in range(8) for key, tensor in pair(f"layer{n}", 1000, 300, 1000).items()}
+    layers = {key: tensor for n in range(32) for key, tensor in pair(f"layer{n}", 600, 300, 600).items()}
     source = write_raw(tmp_path / "adapter", layers, r=300, lora_alpha=300)
     before = snapshot(source)
     command = [sys.executable, "-c", "from lora_squeeze.cli import main; main()"]
