@@ -38,7 +38,9 @@ def compare_command(
     method: str,
     device: str,
 ) -> None:
-    """Show all policies for the adapter at PATH, or the adapters or campaigns at PATH and OTHER, side by side.
+    """Show all policies for an adapter side by side, or two adapters.
+
+    With OTHER, compares the adapters or the campaigns at PATH and OTHER.
 
     Policies are compared at equal numbers of parameters. Two adapters of one model: their ranks and
     energies, the cosine of their updates, and how far their leading directions are the same.
@@ -49,7 +51,7 @@ def compare_command(
     _refuse(other is not None and not campaigns, {"--metric": metric}, "compares two campaigns")
     _refuse(campaigns, {"--rank": rank, "--layers": layers, "--json": as_json}, "compares two adapters")
     if other is None:
-        _compare_policies(path, fractions or _FRACTIONS, as_json, calibration, method, device)
+        _compare_policies(path, _FRACTIONS if fractions is None else fractions, as_json, calibration, method, device)
     elif campaigns:
         _compare_campaigns(Path(path), Path(other), metric)
     else:
