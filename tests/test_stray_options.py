@@ -43,11 +43,6 @@ def test_by_is_for_variance_and_the_default(adapter, tmp_path):
         assert result.exit_code == 0, result.output
 
 
-def test_a_report_needs_a_file(adapter):
-    result = invoke("report", adapter)
-    assert (result.exit_code, "Missing option '-o'" in result.output) == (2, True)
-
-
 def test_an_address_of_elsewhere_is_named_as_it_was_given():
     result = invoke("show", "https://example.com/a/b")
     assert (result.exit_code, "https://example.com/a/b: no adapters are fetched from there" in result.output) == (
