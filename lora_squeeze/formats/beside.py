@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -38,14 +38,13 @@ def beside(output: Path) -> Generator[tuple[Path, Path], None, None]:
     Both are gone afterwards. Raises OutputError if they cannot be made, if another process is
     writing the same output, and for any OSError in the block.
     """
+    # Its name is known before it is there: a signal in between finds something to clear up.
+    folder = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
+    lock: int | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(output)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"{error.filename or output}: cannot be written: {error.strerror}") from error
-    lock: int | None = None
-    try:
+        folder.mkdir(mode=0o700)
         lock = _locked_file(folder)
         yield folder / output.name, folder / _REPLACED
     except OSError as error:
