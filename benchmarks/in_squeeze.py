@@ -6,7 +6,8 @@ MiniLM learns to tell the 50 fine classes of the TREC questions apart: directly 
 from rank 64 by Post-Squeeze, Cont-Squeeze and In-Squeeze. Every run makes the same number of steps.
 
 Every finished run is a line of JSON in build/in-squeeze/runs.jsonl, and is not made again; several
-processes may work at it at once. Writes the measured part of docs/in-squeeze.md.
+processes may work at it at once. Adapters that were trained at one rank stay in build/in-squeeze/adapters.
+Writes the measured part of docs/in-squeeze.md.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def work(folder: Path, minutes: float) -> None:
         if run is None:
             return
         start = time.perf_counter()
-        result = carried_out(run, done)
+        result = carried_out(run, done, folder / "adapters")
         line = json.dumps({"run": asdict(run), "result": result, "wall_seconds": time.perf_counter() - start})
         with results.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -54,7 +55,7 @@ def work(folder: Path, minutes: float) -> None:
 
 def claim(folder: Path, run: Run) -> bool:
     """Whether this run is now this process's. What a process that is gone had claimed is free again."""
-    path = folder / "-".join(f"{value}" for value in asdict(run).values()).replace("/", "_")
+    path = folder / run.name
     for _ in range(2):
         try:
             with path.open("x") as file:

@@ -33,11 +33,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 SOURCE, TARGETS = 64, (1, 2, 4, 8)
+BETWEEN = (16, 32)  # further ranks that are trained directly, for the gains between all pairs of ranks
 STEPS, WARMUP, BATCH = 120, 12, 16
 CONTINUED, LEAST = 24, 8  # steps after Cont-Squeeze's squeeze, and of every stage in "Minimum Steps"
 SEEDS = (0, 1, 2)
 RATES = {64: (2e-4, 5e-4, 1e-3), 8: (1e-3, 2e-3, 4e-3), 1: (2e-3, 4e-3, 8e-3)}  # tried at each of these ranks
-TUNED_AT = {64: 64, 8: 8, 4: 8, 2: 1, 1: 1}  # whose best rate a rank takes
+TUNED_AT = {64: 64, 32: 64, 16: 8, 8: 8, 4: 8, 2: 1, 1: 1}  # whose best rate a rank takes
 HEAD = 10  # the classification head is new and learns at so many times the rate, at every rank
 
 
@@ -63,6 +64,11 @@ class Run:
     def key(self) -> str:
         """Its name among the results."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def name(self) -> str:
+        """Its name among files."""
+        return "-".join(f"{value}" for value in asdict(self).values()).replace("/", "_")
 
 
 Results = dict[str, dict[str, Any]]
@@ -98,8 +104,9 @@ def planned(results: Results) -> Iterator[Run]:
     for seed in SEEDS:
         for rank in (8, 1):
             yield Run("in-squeeze", rank, high, seed, f"minimum={LEAST}", per_rank=True)
-        for rank in TARGETS:
+        for rank in (*TARGETS, *BETWEEN):
             yield Run("direct", rank, high, seed)
+            yield Run("direct", rank, best_rate(results, rank), seed)
 
 
 def tuning() -> Iterator[Run]:
@@ -117,7 +124,8 @@ def best_rate(results: Results, rank: int) -> float:
 # --- one run ------------------------------------------------------------------------------------------------------
 
 
-def carried_out(run: Run, results: Results) -> dict[str, Any]:
+def carried_out(run: Run, results: Results, adapters: Path) -> dict[str, Any]:
+    """Make a run; what was trained at one rank is kept in the folder `adapters`, under the run's name."""
     if run.kind == "cost":
         return in_a_process_of_its_own(run)
     if run.kind == "geometry":
@@ -125,9 +133,10 @@ def carried_out(run: Run, results: Results) -> dict[str, Any]:
     training = Training(run)
     if run.kind == "direct":
         training.advance(STEPS)
+        training.model.save_pretrained(adapters / run.name)
         return training.scores()
     if run.kind == "source":
-        return source(training, results)
+        return source(training, results, adapters / run.name)
     schedule = parse_schedule(run.schedule, source=SOURCE, target=run.rank, steps=STEPS)
     rates = {rank: best_rate(results, rank) for rank in (SOURCE, *TARGETS) if rank in schedule.ranks}
     training.squeeze(schedule, state=run.state, balance=run.balance, learning_rates=rates if run.per_rank else None)
@@ -135,8 +144,8 @@ def carried_out(run: Run, results: Results) -> dict[str, Any]:
     return training.scores()
 
 
-def source(training: Training, results: Results) -> dict[str, Any]:
-    """A training at rank 64, Post-Squeeze of its end, and Cont-Squeeze from a few steps before."""
+def source(training: Training, results: Results, adapter: Path) -> dict[str, Any]:
+    """A training at rank 64, which is saved; Post-Squeeze of its end, and Cont-Squeeze from a few steps before."""
     branches: dict[str, dict[str, Any]] = {}
     training.advance(STEPS - CONTINUED)
     for rank in TARGETS:
@@ -152,6 +161,7 @@ def source(training: Training, results: Results) -> dict[str, Any]:
         branch.advance(CONTINUED)
         branches[f"cont {rank}"] = branch.scores()
     training.advance(CONTINUED)
+    training.model.save_pretrained(adapter)
     scores = training.scores()
     for rank in TARGETS:
         branch = training.copy()
