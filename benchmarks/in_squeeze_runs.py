@@ -171,11 +171,15 @@ def source(training: Training, results: Results, adapter: Path) -> dict[str, Any
 
 
 class Training:
-    """MiniLM with an adapter, the data in an order that depends on the seed alone, and how far it has come."""
+    """MiniLM with an adapter, the data in an order that depends on the seed alone, and how far it has come.
 
-    def __init__(self, run: Run, *, optimizer: str = "adamw") -> None:
+    data
+        default: the 50 classes of TREC.
+    """
+
+    def __init__(self, run: Run, *, data: Questions | None = None, optimizer: str = "adamw") -> None:
         torch.manual_seed(run.seed)
-        data = questions()
+        self.data = data = data or questions()
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             data.model, num_labels=len(data.classes), dtype=torch.float32
         )
@@ -223,10 +227,9 @@ class Training:
         self.step += steps
 
     def scores(self) -> dict[str, Any]:
-        data = questions()
         return {
-            "validation": accuracy(self.model, data.validation),
-            "test": accuracy(self.model, data.test),
+            "validation": accuracy(self.model, self.data.validation),
+            "test": accuracy(self.model, self.data.test),
             "cpu_seconds": self.seconds,
             "switching_cpu_seconds": self.switching,
             "parameters": live_adapter(self.model).parameters,
@@ -245,32 +248,47 @@ class Questions:
     encode: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
 
     def batches(self, seed: int) -> list[dict[str, torch.Tensor]]:
-        order = list(self.training)
-        random.Random(seed).shuffle(order)
+        generator = random.Random(seed)
+        order: list[Any] = []
+        while len(order) < STEPS * BATCH:  # as many passes over the data as it takes
+            once = list(self.training)
+            generator.shuffle(once)
+            order += once
         return [self.encode(order[start : start + BATCH]) for start in range(0, STEPS * BATCH, BATCH)]
 
 
 @cache
 def questions() -> Questions:
-    from packaged import minilm, read_examples, split, trec
+    from packaged import minilm, read_examples, trec
 
-    source = str(minilm())
-    examples = read_examples(trec())
+    return encoded(str(minilm()), read_examples(trec()))
+
+
+def splits(examples: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """For training, validation and test; the same for all runs."""
+    from packaged import split
+
     rest, test = split(examples, held_out=0.2, seed=0)
-    training, validation = split(rest, held_out=0.1, seed=0)
+    return *split(rest, held_out=0.1, seed=0), test
+
+
+def encoded(source: str, examples: Sequence[Any], *, max_length: int = 64, most: int | None = None) -> Questions:
+    """Examples for a model: its splits in batches; at most so many examples for validation and for the test."""
+    training, validation, test = splits(examples)
     classes = tuple(sorted({example.label for example in examples}))
     index = {label: number for number, label in enumerate(classes)}
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
 
     def encode(some: Sequence[Any]) -> dict[str, torch.Tensor]:
-        batch = tokenizer([one.text for one in some], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        texts = [one.text for one in some]
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         return {**batch, "labels": torch.tensor([index[one.label] for one in some])}
 
     def sorted_batches(some: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
         ordered = sorted(some, key=lambda one: len(one.text))
         return [encode(ordered[start : start + 64]) for start in range(0, len(ordered), 64)]
 
-    return Questions(source, classes, training, sorted_batches(validation), sorted_batches(test), encode)
+    return Questions(source, classes, training, *(sorted_batches(part[:most]) for part in (validation, test)), encode)
 
 
 @torch.inference_mode()
