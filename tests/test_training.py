@@ -22,6 +22,7 @@ from lora_squeeze.cli import main
 from lora_squeeze.errors import DataError, OutputError, SettingsError, TrainingError
 from lora_squeeze.models import attach_adapter, labels_of_adapter, load_model, load_tokenizer
 from lora_squeeze.provenance import provenance_of
+from lora_squeeze.report.training import metrics_line
 from lora_squeeze.sections import build, document_of, to_toml
 from lora_squeeze.training.folder import RunFolder
 from lora_squeeze.training.record import read_record
@@ -161,6 +162,8 @@ def test_in_squeeze_lowers_the_rank_while_training(quick, tmp_path):
     assert [(one["step"], one["squeeze/rank"]) for one in logged if "squeeze/rank" in one] == [(3, 2), (6, 1)]
     rates = {one["step"]: one["learning_rate"] for one in logged if "learning_rate" in one}
     assert rates[4] < rates[3]
+    told = [metrics_line(one) for one in logged if "squeeze/rank" in one]
+    assert re.fullmatch(r"rank 1  variance retained \d+\.\d\d%  update changed by \d+\.\d\d%", told[-1])
 
 
 def test_in_squeeze_counts_epochs_in_steps_and_may_choose_by_layer(quick, tmp_path):

@@ -26,7 +26,7 @@ from lora_squeeze.errors import SettingsError
 from lora_squeeze.records import Spectrum
 from lora_squeeze.spectrum import Basis, basis, idle_rows
 
-__all__ = ["BALANCES", "Change", "change_to", "decomposed"]
+__all__ = ["BALANCES", "Change", "change_to", "check_balance", "decomposed"]
 
 BALANCES = ("keep", "balanced")
 
@@ -67,6 +67,12 @@ class Change:
         return rows
 
 
+def check_balance(balance: str) -> None:
+    """Raise SettingsError if this is not one of BALANCES."""
+    if balance not in BALANCES:
+        raise SettingsError(f"balance '{balance}' is not known; known are {', '.join(BALANCES)}")
+
+
 def decomposed(layer: LoraLayer, spec: LayerSpec) -> tuple[Basis, Spectrum]:
     """A live layer's basis and spectrum, computed where its factors are (on the CPU without float64 there)."""
     device = layer.up.device
@@ -81,8 +87,7 @@ def change_to(rank: int, layer: LoraLayer, found: Basis, *, balance: str = "keep
     change nothing, but can learn again. Where A has no direction left to offer, the row is drawn as PEFT
     draws a new one, by a seed that depends on the layer's name and rank alone.
     """
-    if balance not in BALANCES:
-        raise SettingsError(f"balance '{balance}' is not known; known are {', '.join(BALANCES)}")
+    check_balance(balance)
     source = found.p.shape[0]
     if balance == "keep" and rank == source:
         identity = torch.eye(rank, dtype=torch.float64, device=found.p.device)
