@@ -237,6 +237,12 @@ def test_other_settings_do_not_continue_a_run(quick, tmp_path):
         train(quick(data={"eval_fraction": 0.5}), tmp_path)
 
 
+def test_a_run_that_failed_before_anything_was_made_may_begin_with_other_settings(quick, tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        train(quick("nowhere.jsonl"), tmp_path)
+    assert train(quick(training={"max_steps": 1}), tmp_path).steps == 1
+
+
 def test_a_folder_of_something_else_is_left_alone(quick, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     for overwrite in (False, True):
@@ -353,8 +359,33 @@ def test_continue_is_cont_squeeze(quick, models, tmp_path):
     assert result.exit_code == 0
     record = json.loads(result.stdout)
     assert (record["model"], record["steps"], record["rank"]) == (str(models / "llama"), 4, 2)
+    assert re.fullmatch(
+        r"the adapter was squeezed to rank 2 first: \d\d\.\d\d% of the variance was retained", *record["notes"]
+    )
     assert open_adapter(tmp_path / "second" / "final").rank == 2
     assert invoke(*command[:-1]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--rank", 8], 1, "has rank 4, and a squeeze lowers the rank: 8 is not possible"),
+        (["--steps", 5, "--warmup", 5], 2, "--warmup 5 leaves no step at the learning rate: --steps is 5"),
+    ],
+)
+def test_what_continue_cannot_do(quick, tmp_path, options, code, said):
+    first = train(quick(training={"max_steps": 1}), tmp_path / "first")
+    result = invoke("continue", first.adapter, "--data", "builtin:sums:20", "--out", tmp_path / "second", *options)
+    assert (result.exit_code, said in result.output.replace("\n", " ")) == (code, True)
+
+
+def test_the_warmup_leaves_at_least_half_of_a_short_run(quick, tmp_path):
+    first = train(quick(training={"max_steps": 1}), tmp_path / "first")
+    result = invoke("continue", first.adapter, "--data", "builtin:sums:20", "--out", tmp_path / "x", "--steps", 6)
+    assert result.exit_code == 0
+    rates = [entry["learning_rate"] for entry in RunFolder(tmp_path / "x").read_metrics() if "learning_rate" in entry]
+    assert rates[3:] == [2e-4] * 3
+    assert rates[2] < 2e-4
 
 
 @pytest.mark.parametrize("rank", [[], ["--rank", 2]])
