@@ -217,7 +217,9 @@ def parse_schedule(
 
 def _chosen_ranks(ranks: Sequence[int] | None, source: int | None, target: int | None, spacing: str) -> tuple[int, ...]:
     if ranks is not None and target is not None:
-        raise SettingsError(f"the ranks {list(ranks)} and the target {target} are two answers to one question: give one")
+        raise SettingsError(
+            f"the ranks {list(ranks)} and the target {target} are two answers to one question: give one"
+        )
     if ranks is not None:
         if source is not None and source != ranks[0]:
             raise RankError(f"the first of the ranks is {ranks[0]}, but training starts at rank {source}")
