@@ -38,7 +38,7 @@ STEPS, WARMUP, BATCH = 160, 16, 16
 CONTINUED, LEAST = 32, 10  # steps after Cont-Squeeze's squeeze, and of every stage in "Minimum Steps"
 SEEDS = (0, 1, 2)
 # Tried at each of these ranks.
-RATES = {64: (2.5e-4, 5e-4, 1e-3, 2e-3), 8: (5e-4, 1e-3, 2e-3), 1: (1e-3, 2e-3, 4e-3)}
+RATES = {64: (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), 8: (5e-4, 1e-3, 2e-3), 1: (1e-3, 2e-3, 4e-3, 8e-3)}
 TUNED_AT = {64: 64, 32: 64, 16: 8, 8: 8, 4: 8, 2: 1, 1: 1}  # whose best rate a rank takes
 HEAD = 0.02  # learning rate of the classification head, which is new: the same in every run, so that ranks are compared
 
