@@ -53,8 +53,8 @@ def _setting(high: float, rates: dict[int, float]) -> str:
     tried = "; ".join(f"{', '.join(f'{rate:g}' for rate in some)} at rank {rank}" for rank, some in RATES.items())
     return (
         f"all-MiniLM-L6-v2 on TREC's 50 fine classes, all linear layers adapted, {STEPS} steps of {BATCH} questions "
-        f"for every run, AdamW, {WARMUP} steps of warm-up and then a constant rate ({HEAD} times as high for the new "
-        f"head), three seeds; {describe()}. Learning rates tried: {tried}; best on the validation split with seed 0: "
+        f"for every run, AdamW, {WARMUP} steps of warm-up and then a constant rate ({HEAD:g} for the new head), "
+        f"three seeds; {describe()}. Learning rates tried: {tried}; best on the validation split with seed 0: "
         f"{tuned}. Cont-Squeeze: {STEPS - CONTINUED} steps at rank {SOURCE} and {CONTINUED} at the lower rank's own "
         f"rate, {CONTINUED // 4} of them warm-up. In-Squeeze halves from rank {SOURCE} at the rate of rank {SOURCE} "
         f"({high:g}); every stage of Minimum Steps has at least {LEAST} steps."

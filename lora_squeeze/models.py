@@ -203,6 +203,8 @@ def base_of(path: str) -> tuple[str, Task]:
     file = Path(path) / _CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: holds no {_CONFIG}; only PEFT adapters can be loaded onto a model") from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file}: cannot be read: {error}") from error
     if not config.get("base_model_name_or_path"):

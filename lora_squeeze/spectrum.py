@@ -25,9 +25,9 @@ Shapes below: m = out_features, n = in_features, r = source rank, q = min(r, m, 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -115,16 +115,16 @@ def bases(
     if method not in METHODS:
         raise SettingsError(f"method '{method}' is not known; known are {', '.join(METHODS)}")
     factors = [(layer.up.to(device), layer.down.to(device)) for layer in layers]
-    moments = [_second_moments(*pair) if method == "gram" else None for pair in factors]
+    by_gram = _grams(factors) if method == "gram" else {}
     found: list[Basis] = []
-    for layer, (up, down), own in zip(layers, factors, moments, strict=True):
+    for place, (layer, (up, down)) in enumerate(zip(layers, factors, strict=True)):
         try:
             if method == "randomized":
                 found.append(_randomized(up, down, rank=rank or down.shape[0], seed=seed))
             elif method == "dense":
                 found.append(_dense(up, down))
             else:
-                found.append((_gram(*own) if own else None) or _qr(up, down))
+                found.append(by_gram.get(place) or _qr(up, down))
         except _NotFinite:
             raise _damaged(layer) from None
     return found
@@ -212,27 +212,34 @@ class _NotFinite(ArithmeticError):
     """A factor holds NaN or infinity; `basis` finds out which."""
 
 
-def _second_moments(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor] | None:
-    """up^T up and down down^T in float64, or None where they would be larger than the factors."""
-    if up.shape[1] > max(up.shape[0], down.shape[1]):
-        return None
-    return second_moment(up), second_moment(down.T)
+def _grams(factors: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Basis]:
+    """The bases of those (up, down) whose second moments say enough; factors of one rank are worked on together."""
+    by_rank: defaultdict[int, list[int]] = defaultdict(list)
+    for place, (up, down) in enumerate(factors):
+        # Where second moments would be larger than the factors, they do not pay.
+        if up.shape[1] <= max(up.shape[0], down.shape[1]):
+            by_rank[up.shape[1]].append(place)
+    found: dict[int, Basis] = {}
+    for places in by_rank.values():
+        ups = torch.stack([second_moment(factors[place][0]) for place in places])
+        downs = torch.stack([second_moment(factors[place][1].T) for place in places])
+        found.update((place, own) for place, own in zip(places, _gram(ups, downs), strict=True) if own)
+    return found
 
 
-def _gram(moment_up: Tensor, moment_down: Tensor) -> Basis | None:
-    """None: squaring has cost too many digits."""
-    up_norms, down_norms = moment_up.diagonal().sqrt(), moment_down.diagonal().sqrt()
-    if not math.isfinite(float(up_norms.norm())):
-        return None
-    root = _cholesky_root(moment_down, down_norms)
-    if root is None:
-        return None
-    half = moment_up @ root
-    squares, vectors = torch.linalg.eigh(root.T @ half)
-    if not float(squares[0]) > _GRAM_SPREAD * float(squares[-1]):
-        return None
-    values, vectors = squares.flip(0).sqrt_(), vectors.flip(1)
-    return _from_coordinates(root @ vectors, (half @ vectors).T / values[:, None], values, up_norms, down_norms)
+def _gram(moments_up: Tensor, moments_down: Tensor) -> list[Basis | None]:
+    """From up^T up and down down^T, (layers, r, r) each; None where squaring has cost too many digits."""
+    up_norms, down_norms = (moments.diagonal(dim1=-2, dim2=-1).sqrt() for moments in (moments_up, moments_down))
+    roots, sound = _cholesky_roots(moments_down, down_norms)
+    halves = moments_up @ roots
+    cores = roots.mT @ halves
+    sound &= cores.isfinite().all(dim=-1).all(dim=-1)
+    # What is not sound would stop the decomposition of all.
+    squares, vectors = torch.linalg.eigh(torch.where(sound[:, None, None], cores, _identity(cores)))
+    sound &= squares[:, 0] > _GRAM_SPREAD * squares[:, -1]
+    values, vectors = squares.flip(1).sqrt(), vectors.flip(2)
+    found = _from_coordinates(roots @ vectors, (halves @ vectors).mT / values[..., None], values, up_norms, down_norms)
+    return [own if good else None for own, good in zip(found, sound.tolist(), strict=True)]
 
 
 def _qr(up: Tensor, down: Tensor) -> Basis:
@@ -248,7 +255,7 @@ def _dense(up: Tensor, down: Tensor) -> Basis:
     size = min(*up.shape, down.shape[1])
     # V is in the row space of down and U in the column space of up, so their coordinates there
     # are down @ V and U^T @ up: the same P and Q as on the other routes.
-    return _from_coordinates(
+    return _from_coordinates_of_one(
         down64 @ right[:size].T, left[:, :size].T @ up64, values[:size], up64.norm(dim=0), down64.norm(dim=1)
     )
 
@@ -272,7 +279,7 @@ def _randomized(up: Tensor, down: Tensor, *, rank: int, seed: int) -> Basis:
     left = orthogonal @ left
     # The paper's A = U Σ^½ lies in the columns of up only up to the sketch; its coordinates there
     # are those of ΔW V Σ^-½, one half-step of the power iteration further.
-    return _from_coordinates(
+    return _from_coordinates_of_one(
         down64 @ right[:size].T, left[:, :size].T @ up64, values[:size], up64.norm(dim=0), down64.norm(dim=1)
     )
 
@@ -283,7 +290,7 @@ METHODS = ("gram", "qr", "randomized", "dense")
 def basis_from_roots(root_up: Tensor, root_down: Tensor, *, size: int) -> Basis:
     """The change of basis from L_B (r, ·) and L_A (r, ·): rows belong to the latent directions."""
     left, values, right = torch.linalg.svd(root_up.T @ root_down, full_matrices=False)
-    return _from_coordinates(
+    return _from_coordinates_of_one(
         root_down @ right[:size].T,
         left[:, :size].T @ root_up.T,
         values[:size],
@@ -292,40 +299,41 @@ def basis_from_roots(root_up: Tensor, root_down: Tensor, *, size: int) -> Basis:
     )
 
 
-def _from_coordinates(right: Tensor, left: Tensor, values: Tensor, up_norms: Tensor, down_norms: Tensor) -> Basis:
+def _from_coordinates_of_one(*arguments: Tensor) -> Basis:
+    return _from_coordinates(*(argument[None] for argument in arguments))[0]
+
+
+def _from_coordinates(right: Tensor, left: Tensor, values: Tensor, up_norms: Tensor, down_norms: Tensor) -> list[Basis]:
     """P = right · S^-½ and Q = S^-½ · left, with the directions that are only noise set to zero.
 
-    right: L_A V (r, q); left: U^T L_B^T (q, r); up_norms: of up's columns (r,); down_norms: of
-    down's rows (r,).
+    right: L_A V (layers, r, q); left: U^T L_B^T (layers, q, r); values: (layers, q); up_norms: of up's columns
+    (layers, r); down_norms: of down's rows (layers, r).
     """
-    floor = _NOISE * max(float(up_norms.norm() * down_norms.norm()), float(values[0]))
-    alive = sum(value > floor for value in values.tolist())
-    inverse = values.rsqrt()
-    if alive < len(values):
-        values = values.clone()
-        values[alive:] = inverse[alive:] = 0.0
-    p, q = right * inverse, inverse[:, None] * left
-    growth = torch.maximum(up_norms @ p.abs(), q.abs() @ down_norms) * inverse
-    return Basis(singular_values=values, p=p, q=q, numerical_rank=alive, growth=growth)
+    floors = _NOISE * torch.maximum(up_norms.norm(dim=1) * down_norms.norm(dim=1), values[:, 0])
+    dead = values <= floors[:, None]
+    values, inverses = values.masked_fill(dead, 0.0), values.rsqrt().masked_fill_(dead, 0.0)
+    p, q = right * inverses[:, None], inverses[..., None] * left
+    terms = torch.maximum(up_norms[:, None] @ p.abs(), (q.abs() @ down_norms[..., None]).mT)
+    growths = terms[:, 0] * inverses
+    alive = (~dead).sum(dim=1).tolist()
+    return [
+        Basis(singular_values=values[at], p=p[at], q=q[at], numerical_rank=alive[at], growth=growths[at])
+        for at in range(len(alive))
+    ]
 
 
-def _cholesky_root(moment: Tensor, norms: Tensor) -> Tensor | None:
-    """L with moment = L L^T, or None where it is singular or too close to it; norms: roots of the diagonal."""
+def _cholesky_roots(moments: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """L with moment = L L^T of each, and whether it is far enough from singular; norms: roots of the diagonals."""
     # With a unit diagonal, rows that differ only in size (as after an SVD) are no difficulty.
     # A zero row divides to NaN, which the factorisation reports as a failure.
-    factor, failed = torch.linalg.cholesky_ex(moment / torch.outer(norms, norms))
-    if failed.item():
-        return None
-    identity = _identity(len(moment), moment.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    if not float(factor.norm()) * float(inverse.norm()) <= _GRAM_CONDITION:
-        return None
-    return factor.mul_(norms[:, None])
+    factors, failures = torch.linalg.cholesky_ex(moments / (norms[..., None] * norms[:, None]))
+    inverses = torch.linalg.solve_triangular(factors, _identity(moments), upper=False)
+    conditions = factors.norm(dim=(1, 2)) * inverses.norm(dim=(1, 2))
+    return factors * norms[..., None], (failures == 0) & (conditions <= _GRAM_CONDITION)
 
 
-@lru_cache
-def _identity(size: int, device: torch.device) -> Tensor:
-    return torch.eye(size, dtype=torch.float64, device=device)
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
 
 
 def triangular_root(tall: Tensor) -> Tensor:

@@ -189,6 +189,8 @@ def test_each_switch_is_a_line_in_the_log(tmp_path, caplog):
         ((custom([(0, 8)], 3), {"target": 2}), SettingsError, "a Schedule has its ranks"),
         (("8@0", {"learning_rate": "hot"}), SettingsError, "known are continue, rewarm, restart"),
         (("8@0", {"policy": "best"}), RankError, "unknown policy 'best'"),
+        (("8@0", {"state": "guess"}), SettingsError, "known are transport, reset"),
+        (("8@0", {"balance": "even"}), SettingsError, "known are keep, balanced"),
     ],
 )
 def test_mistakes_are_told_before_the_training(arguments, error, message):

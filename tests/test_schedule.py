@@ -102,6 +102,8 @@ def test_spellings():
         (lambda: parse_schedule("8@0, 4@2.5", steps=9), "'4@2.5' is not RANK@STEP"),
         (lambda: parse_schedule("equal", steps=9), "needs its ranks"),
         (lambda: parse_schedule("equal", source=8, target=2, steps=9, spacing="log"), "known are geometric, linear"),
+        (lambda: parse_schedule("equal", ranks=(8, 4), target=2, steps=9), r"ranks \[8, 4\] and the target 2"),
+        (lambda: parse_schedule("8@0, 4@3", target=2, steps=9), "lists its ranks itself"),
         (lambda: minimum(PAPER, 100), "need 1600 steps, and there are 100"),
         (lambda: standard(PAPER, 20), "leave none for rank 4"),
         (lambda: cont((8, 2), 100), "cont=200"),
@@ -127,6 +129,7 @@ def test_what_cannot_be_read_says_why(call, message):
         (lambda: geometric_ranks(4, 8), "from 4 down to 8"),
         (lambda: linear_ranks(8, 4, count=1), "1 ranks from 8"),
         (lambda: parse_schedule("equal", ranks=(8, 4), source=16, steps=9), "training starts at rank 16"),
+        (lambda: parse_schedule("16@0, 4@3", source=8, steps=9), "starts at rank 16, but training starts at rank 8"),
     ],
 )
 def test_impossible_ranks_say_why(call, message):

@@ -183,6 +183,7 @@ def test_rewarming_without_a_scheduler():
         ({"learning_rates": {3: 0.1}}, r"rank 3, which is not among \(8, 4, 2\)"),
         ({"learning_rates": {4: 0.0}}, "above zero"),
         ({"state": "guess"}, "known are transport, reset"),
+        ({"balance": "even"}, "known are keep, balanced"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_at_the_start(options, message):

@@ -16,7 +16,7 @@ from test_peft_kinds import GROUPED, VOLUMES
 from lora_squeeze import fixed
 from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.annealing import switch as switch_module
-from lora_squeeze.annealing.change import BALANCES, change_to
+from lora_squeeze.annealing.change import BALANCES, changes_to
 from lora_squeeze.annealing.live import live_adapter
 from lora_squeeze.annealing.switch import switch
 from lora_squeeze.errors import AdapterError, RankError, SettingsError
@@ -175,7 +175,7 @@ def test_every_change_is_a_projector_with_the_geometry_it_names(rank, target, wi
     down = torch.randn(rank, width, generator=generator, dtype=torch.float64)
     layer = LoraLayer("layer", down, up, 1.0)
     found = basis(layer)
-    change = change_to(target, layer, found, balance=balance)
+    change = changes_to({"layer": target}, {"layer": layer}, {"layer": found}, balance=balance)["layer"]
     new_up, new_down = change.up(up), change.down(down)
     assert relative(new_up @ new_down, truncation(up @ down, target)) < 1e-7
     live = change.kept

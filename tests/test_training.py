@@ -22,6 +22,7 @@ from lora_squeeze.cli import main
 from lora_squeeze.errors import DataError, OutputError, SettingsError, TrainingError
 from lora_squeeze.models import attach_adapter, labels_of_adapter, load_model, load_tokenizer
 from lora_squeeze.provenance import provenance_of
+from lora_squeeze.report.training import metrics_line
 from lora_squeeze.sections import build, document_of, to_toml
 from lora_squeeze.training.folder import RunFolder
 from lora_squeeze.training.record import read_record
@@ -161,6 +162,8 @@ def test_in_squeeze_lowers_the_rank_while_training(quick, tmp_path):
     assert [(one["step"], one["squeeze/rank"]) for one in logged if "squeeze/rank" in one] == [(3, 2), (6, 1)]
     rates = {one["step"]: one["learning_rate"] for one in logged if "learning_rate" in one}
     assert rates[4] < rates[3]
+    told = [metrics_line(one) for one in logged if "squeeze/rank" in one]
+    assert re.fullmatch(r"rank 1  variance retained \d+\.\d\d%  update changed by \d+\.\d\d%", told[-1])
 
 
 def test_in_squeeze_counts_epochs_in_steps_and_may_choose_by_layer(quick, tmp_path):
@@ -232,6 +235,12 @@ def test_other_settings_do_not_continue_a_run(quick, tmp_path):
         train(quick(training={"lr": 1e-3}), tmp_path)
     with pytest.raises(TrainingError, match=r"\[data\] eval_fraction = the default, and now it is 0\.5"):
         train(quick(data={"eval_fraction": 0.5}), tmp_path)
+
+
+def test_a_run_that_failed_before_anything_was_made_may_begin_with_other_settings(quick, tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        train(quick("nowhere.jsonl"), tmp_path)
+    assert train(quick(training={"max_steps": 1}), tmp_path).steps == 1
 
 
 def test_a_folder_of_something_else_is_left_alone(quick, tmp_path):
@@ -350,8 +359,33 @@ def test_continue_is_cont_squeeze(quick, models, tmp_path):
     assert result.exit_code == 0
     record = json.loads(result.stdout)
     assert (record["model"], record["steps"], record["rank"]) == (str(models / "llama"), 4, 2)
+    assert re.fullmatch(
+        r"the adapter was squeezed to rank 2 first: \d\d\.\d\d% of the variance was retained", *record["notes"]
+    )
     assert open_adapter(tmp_path / "second" / "final").rank == 2
     assert invoke(*command[:-1]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--rank", 8], 1, "has rank 4, and a squeeze lowers the rank: 8 is not possible"),
+        (["--steps", 5, "--warmup", 5], 2, "--warmup 5 leaves no step at the learning rate: --steps is 5"),
+    ],
+)
+def test_what_continue_cannot_do(quick, tmp_path, options, code, said):
+    first = train(quick(training={"max_steps": 1}), tmp_path / "first")
+    result = invoke("continue", first.adapter, "--data", "builtin:sums:20", "--out", tmp_path / "second", *options)
+    assert (result.exit_code, said in result.output.replace("\n", " ")) == (code, True)
+
+
+def test_the_warmup_leaves_at_least_half_of_a_short_run(quick, tmp_path):
+    first = train(quick(training={"max_steps": 1}), tmp_path / "first")
+    result = invoke("continue", first.adapter, "--data", "builtin:sums:20", "--out", tmp_path / "x", "--steps", 6)
+    assert result.exit_code == 0
+    rates = [entry["learning_rate"] for entry in RunFolder(tmp_path / "x").read_metrics() if "learning_rate" in entry]
+    assert rates[3:] == [2e-4] * 3
+    assert rates[2] < 2e-4
 
 
 @pytest.mark.parametrize("rank", [[], ["--rank", 2]])

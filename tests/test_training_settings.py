@@ -95,6 +95,27 @@ REFUSED = {
         {"in_squeeze": {"schedule": "equal", "target_rank": 8, "lr_by_rank": {"low": 1e-3}}},
         "'low' is not a rank",
     ),
+    "a schedule above the rank": ({"in_squeeze": {"schedule": "128@0, 8@50"}}, "but training starts at rank 64"),
+    "ranks and a target": (
+        {"in_squeeze": {"schedule": "equal", "ranks": [64, 8], "target_rank": 4}},
+        "ranks [64, 8] and the target 4",
+    ),
+    "a rate of zero": (
+        {"in_squeeze": {"schedule": "equal", "target_rank": 8, "lr_by_rank": {"8": 0.0}}},
+        "0.0 for rank 8 is not above 0",
+    ),
+    "a rate for a rank that never is": (
+        {"in_squeeze": {"schedule": "equal", "target_rank": 8, "lr_by_rank": {"7": 1e-3}}},
+        "rank 7 is not among those of the schedule, 64, 32, 16, 8",
+    ),
+    "warming up without a switch's leave": (
+        {"in_squeeze": {"schedule": "equal", "target_rank": 8, "rewarm_steps": 5}},
+        'needs lr_after_switch = "rewarm"',
+    ),
+    "no policy": (
+        {"in_squeeze": {"schedule": "equal", "target_rank": 8, "rank_policy": "best"}},
+        "rank_policy: unknown policy 'best'",
+    ),
 }  # fmt: skip
 
 

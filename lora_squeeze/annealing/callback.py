@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_squeeze.annealing.change import check_balance
 from lora_squeeze.annealing.live import live_adapter
 from lora_squeeze.annealing.loading import follow_loaded_ranks
 from lora_squeeze.annealing.rates import Rates
@@ -14,6 +15,7 @@ from lora_squeeze.annealing.schedule import Schedule, parse_schedule
 from lora_squeeze.annealing.squeezer import Squeezer
 from lora_squeeze.annealing.switch import Switch
 from lora_squeeze.annealing.targets import Targets, parse_targets
+from lora_squeeze.annealing.transport import check_state
 from lora_squeeze.errors import SettingsError
 from lora_squeeze.extras import require
 
@@ -70,6 +72,8 @@ class SqueezeCallback(TrainerCallback):
         if isinstance(schedule, str) and "@" not in schedule and ranks is None and target is None:
             raise SettingsError(f"schedule '{schedule}' needs target=RANK, or ranks=(…)")
         Rates(learning_rate, warmup_steps, learning_rates or {})
+        check_state(state)
+        check_balance(balance)
         if isinstance(policy, str):
             parse_targets(policy)
         self.schedule = schedule

@@ -156,7 +156,10 @@ def custom(stages: Sequence[tuple[int, int]], steps: int) -> Schedule:
 def geometric_ranks(source: int, target: int, *, factor: float = 2.0) -> tuple[int, ...]:
     """From source to target, each rank the one before divided by `factor`: 64, 32, 16, 8."""
     if not (source >= target >= 1 and factor > 1):
-        raise RankError(f"ranks from {source} down to {target} by a factor of {factor:g} are not possible")
+        raise RankError(
+            f"ranks from {source} down to {target} by a factor of {factor:g} are not possible: the target must be at "
+            f"least 1 and at most {source}, the rank that training starts at"
+        )
     count = math.ceil(round(math.log(source / target, factor), 9))
     between = (round(source / factor**power) for power in range(1, count))
     return _distinct([source, *between, target])
@@ -193,10 +196,15 @@ def parse_schedule(
         the first and the last of them, and how the others lie between: "geometric" (halving), or
         "linear" (as many of them, at equal distances).
 
-    Raises SettingsError for another spelling or an impossible number of steps, RankError for ranks.
+    Raises SettingsError for another spelling or an impossible number of steps, RankError for ranks, also
+    for a list that begins above `source`, the rank that there is.
     """
     if "@" in spelling:
-        return custom(_read_stages(spelling, steps), steps)
+        if ranks is not None or target is not None:
+            raise SettingsError(f"schedule '{spelling}' lists its ranks itself; leave out ranks and target")
+        listed = custom(_read_stages(spelling, steps), steps)
+        _check_start(listed.ranks[0], source)
+        return listed
     name, separator, text = (part.strip() for part in spelling.partition("="))
     if name not in SCHEDULES or (separator and name not in _VALUES):
         known = ", ".join(f"{one}[=STEPS]" if one in _VALUES else one for one in SCHEDULES)
@@ -208,6 +216,10 @@ def parse_schedule(
 
 
 def _chosen_ranks(ranks: Sequence[int] | None, source: int | None, target: int | None, spacing: str) -> tuple[int, ...]:
+    if ranks is not None and target is not None:
+        raise SettingsError(
+            f"the ranks {list(ranks)} and the target {target} are two answers to one question: give one"
+        )
     if ranks is not None:
         if source is not None and source != ranks[0]:
             raise RankError(f"the first of the ranks is {ranks[0]}, but training starts at rank {source}")
@@ -220,6 +232,13 @@ def _chosen_ranks(ranks: Sequence[int] | None, source: int | None, target: int |
     if spacing == "linear":
         return linear_ranks(source, target, count=len(halving))
     raise SettingsError(f"spacing '{spacing}' is not known; known are geometric, linear")
+
+
+def _check_start(first: int, source: int | None) -> None:
+    if source is not None and first > source:
+        raise RankError(
+            f"the schedule starts at rank {first}, but training starts at rank {source}; begin the list with {source}@0"
+        )
 
 
 def _read_stages(spelling: str, steps: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lora_squeeze.annealing.change import check_balance
 from lora_squeeze.annealing.live import factors_of, sites, unwrapped
 from lora_squeeze.annealing.loading import follow_loaded_ranks
 from lora_squeeze.annealing.rates import Rates, apply_rates, warm, wrap_scheduler
@@ -88,6 +89,7 @@ class Squeezer:
         self._adapter_name, self._on_switch = adapter_name, on_switch
         self._rates = Rates(learning_rate, warmup_steps, learning_rates or {})
         self._scheduler = lr_scheduler
+        check_balance(balance)
         self._factors = self._check(state)
         follow_loaded_ranks(model, adapter_name)
         wrap_scheduler(lr_scheduler, self._rates, schedule)

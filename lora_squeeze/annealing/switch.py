@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.annealing import eightbit
-from lora_squeeze.annealing.change import Change, change_to, decomposed
+from lora_squeeze.annealing.change import Change, changes_to, decomposed
 from lora_squeeze.annealing.live import Site, factors_of, place, record_ranks, sites, unwrapped
 from lora_squeeze.annealing.replicas import agreed, check_processes, on_device, rebuild_reducers
 from lora_squeeze.annealing.sharding import gathered, is_sharded, reshard
@@ -146,19 +146,20 @@ def switch(
 
 def _decide(adapter: Adapter, choose: Choose, *, balance: str) -> _Decision:
     """Process 0's part: all spectra, the ranks, and each layer's change (on the CPU, to be sent)."""
-    bases = {name: decomposed(adapter.load(name), spec) for name, spec in adapter.layers.items()}
-    spectra = tuple(spectrum for _, spectrum in bases.values())
+    layers = {name: adapter.load(name) for name in adapter.layers}
+    found, spectra = decomposed(layers, adapter.layers)
     ranks = choose(spectra)
     for name, spec in adapter.layers.items():
         rank = ranks.by_layer.get(name, 0)
         if not 1 <= rank <= spec.rank:
             raise RankError(f"layer '{name}': rank {rank} is not between 1 and its own rank {spec.rank}")
-    changes = {
-        name: _on_cpu(change_to(ranks.by_layer[name], adapter.load(name), found, balance=balance))
-        for name, (found, _) in bases.items()
+    changing = {
+        name: layer
+        for name, layer in layers.items()
         if balance == "balanced" or ranks.by_layer[name] < adapter.layers[name].rank
     }
-    return _Decision(ranks, spectra, changes)
+    changes = changes_to(ranks.by_layer, changing, found, balance=balance)
+    return _Decision(ranks, spectra, {name: _on_cpu(change) for name, change in changes.items()})
 
 
 def _on_cpu(change: Change) -> Change:

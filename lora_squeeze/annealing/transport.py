@@ -32,7 +32,7 @@ from lora_squeeze.annealing.live import Site
 from lora_squeeze.annealing.sharding import gathered, is_sharded, spread
 from lora_squeeze.errors import SettingsError
 
-__all__ = ["RULES", "STATES", "Carry", "carried", "check_optimizer", "innermost"]
+__all__ = ["RULES", "STATES", "Carry", "carried", "check_optimizer", "check_state", "innermost"]
 
 STATES = ("transport", "reset")
 
@@ -123,10 +123,15 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def check_optimizer(optimizer: Optimizer, *, state: str = "transport") -> None:
-    """Raise SettingsError, by name and with what to do, if this optimizer's state cannot be carried along."""
+def check_state(state: str) -> None:
+    """Raise SettingsError if this is not one of STATES."""
     if state not in STATES:
         raise SettingsError(f"state '{state}' is not known; known are {', '.join(STATES)}")
+
+
+def check_optimizer(optimizer: Optimizer, *, state: str = "transport") -> None:
+    """Raise SettingsError, by name and with what to do, if this optimizer's state cannot be carried along."""
+    check_state(state)
     package = type(optimizer).__module__.partition(".")[0]
     if package == "deepspeed" or type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         raise SettingsError(

@@ -66,7 +66,11 @@ def train_from_file(
 @click.option("--base", default="", show_default=False, help="The base model.  [default: the one that ADAPTER names]")
 @click.option("--method", type=click.Choice(METHODS), default="sft", help="How to train.")
 @click.option("--steps", type=click.IntRange(min=1), default=200, help="Optimizer steps.")
-@click.option("--warmup", type=click.IntRange(min=0), default=100, help="Steps until the learning rate is reached.")
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    help="Steps until the learning rate is reached.  [default: 100, at most half of --steps]",
+)
 @click.option("--lr", default=TrainingSettings.lr, help="Learning rate.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=TrainingSettings.batch_size, help="Examples a step.")
 @click.option("--eval-data", multiple=True, help="Held-out data.  Repeatable.")
@@ -82,7 +86,7 @@ def continue_command(
     base: str,
     method: str,
     steps: int,
-    warmup: int,
+    warmup: int | None,
     lr: float,
     batch_size: int,
     eval_data: tuple[str, ...],
@@ -95,10 +99,17 @@ def continue_command(
 
     What else a run can be told is said in a TOML file: `[model] adapter` and `squeeze_to`, for `lora-squeeze train`.
     """
+    if warmup is not None and warmup >= steps:
+        raise click.UsageError(f"--warmup {warmup} leaves no step at the learning rate: --steps is {steps}")
     settings = RunSettings(
         model=ModelSettings(model=base, adapter=adapter, squeeze_to=rank or 0, device=device),
         training=TrainingSettings(
-            method=method, max_steps=steps, warmup_steps=warmup, lr=lr, batch_size=batch_size, seed=seed
+            method=method,
+            max_steps=steps,
+            warmup_steps=min(100, steps // 2) if warmup is None else warmup,
+            lr=lr,
+            batch_size=batch_size,
+            seed=seed,
         ),
         data=DataSettings(source=list(data), eval_source=list(eval_data)),
         logging=LoggingSettings(log_every=max(steps // 20, 1)),

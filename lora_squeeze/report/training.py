@@ -19,6 +19,8 @@ _SHOWN = {
     "loss": "loss",
     "reward": "reward",
     "squeeze/rank": "rank",
+    "squeeze/retained_variance": "variance retained",
+    "squeeze/relative_change": "update changed by",
     "learning_rate": "lr",
     "eval_loss": "held-out loss",
     "eval_accuracy": "held-out accuracy",
@@ -27,10 +29,12 @@ _SHOWN = {
     "eval_rewards/accuracies": "held-out preferences met",
 }
 
+_SHARES = ("squeeze/retained_variance", "squeeze/relative_change")
+
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
     """The most telling metrics of a logging step in one line."""
-    return "  ".join(f"{label} {_number(metrics[key])}" for key, label in _SHOWN.items() if key in metrics)
+    return "  ".join(f"{label} {_said(key, metrics[key])}" for key, label in _SHOWN.items() if key in metrics)
 
 
 def run_table(record: RunRecord) -> RenderableType:
@@ -45,9 +49,13 @@ def run_table(record: RunRecord) -> RenderableType:
     table.add_row("Examples", f"{record.examples:,}" + (f", {record.held_out:,} held out" if record.held_out else ""))
     table.add_row("Training", f"{record.steps:,} steps in {record.seconds:,.1f} s")
     for key, label in _SHOWN.items():
-        if key in record.metrics and key not in ("learning_rate", "squeeze/rank"):
-            table.add_row(label.capitalize(), _number(record.metrics[key]))
+        if key in record.metrics and key != "learning_rate" and not key.startswith("squeeze/"):
+            table.add_row(label.capitalize(), _said(key, record.metrics[key]))
     return Group(table, *(f"[yellow]Note:[/yellow] {escape(note)}" for note in record.notes))
+
+
+def _said(key: str, value: float) -> str:
+    return f"{value:.2%}" if key in _SHARES else _number(value)
 
 
 def _number(value: float) -> str:

@@ -84,7 +84,8 @@ class RunFolder:
             shutil.rmtree(self.path)
         document = document_of(settings)
         if self.settings.exists():
-            self._check_same(document)
+            if self._holds_work():
+                self._check_same(document)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise OutputError(f"{self.path}: exists and is not the folder of a run; choose another with --out")
         try:
@@ -122,6 +123,10 @@ class RunFolder:
             except ValueError:
                 continue
         return entries
+
+    def _holds_work(self) -> bool:
+        """Whether anything was made with the settings that lie there; not if the data or the model failed at once."""
+        return any(path.exists() for path in (self.metrics, self.checkpoints, self.squeezed, self.final))
 
     def _found(self) -> dict[int, Path]:
         folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.annealing.callback import SqueezeCallback
-from lora_squeeze.errors import AdapterError, DataError, TrainingError
+from lora_squeeze.errors import AdapterError, DataError, RankError, TrainingError
 from lora_squeeze.extras import require
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.folder import new_folder
@@ -28,6 +28,7 @@ from lora_squeeze.models import (
     load_tokenizer,
     write_labels,
 )
+from lora_squeeze.provenance import provenance_of
 from lora_squeeze.sections import document_of
 from lora_squeeze.training.callbacks import OnLog, Recorder
 from lora_squeeze.training.folder import RunFolder, only_one
@@ -115,7 +116,7 @@ def _trained(settings: RunSettings, run: RunFolder, on_log: OnLog | None) -> Run
         peak_memory=_peak_memory(model),
         settings=document_of(settings),
         environment=environment(),
-        notes=list(notes),
+        notes=[*_what_the_squeeze_kept(settings, run), *notes],
     )
     write_record(record, run.record)
     return record
@@ -139,6 +140,7 @@ def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder, adapter: str)
     """
     chosen = settings.model
     name = chosen.model or base_of(adapter)[0]
+    adapter = _squeezed_first(settings, run) or adapter
     task: Task = "sequence-classification" if settings.method == "classify" else "causal-lm"
     tokenizer = load_tokenizer(name, revision=chosen.revision)
     base = load_model(
@@ -146,7 +148,7 @@ def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder, adapter: str)
     )
     base.config.use_cache = settings.method == "grpo"  # only generating gains from it
     if adapter:
-        return name, tokenizer, attach_adapter(base, _squeezed_first(settings, run) or adapter, trainable=True)
+        return name, tokenizer, attach_adapter(base, adapter, trainable=True)
     lora = settings.lora
     model = attach_lora(
         base,
@@ -187,9 +189,22 @@ def _squeezed_first(settings: RunSettings, run: RunFolder) -> str:
     chosen = settings.model
     if not chosen.squeeze_to:
         return ""
+    rank = open_adapter(chosen.adapter).rank
+    if chosen.squeeze_to > rank:
+        raise RankError(
+            f"{chosen.adapter}: has rank {rank}, and a squeeze lowers the rank: {chosen.squeeze_to} is not possible; "
+            f"{rank}, or no rank, trains it on as it is"
+        )
     if not run.squeezed.exists():
         compress_adapter(chosen.adapter, run.squeezed, chosen.squeeze_to)
     return str(run.squeezed)
+
+
+def _what_the_squeeze_kept(settings: RunSettings, run: RunFolder) -> Iterator[str]:
+    """A note on the squeeze that came before the training."""
+    if settings.model.squeeze_to and (made := provenance_of(open_adapter(run.squeezed))) is not None:
+        retained = f"{1 - made.relative_error**2:.2%} of the variance was retained"
+        yield f"the adapter was squeezed to rank {settings.model.squeeze_to} first: {retained}"
 
 
 def _checkpoint(settings: RunSettings, run: RunFolder) -> Path | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.annealing.schedule import Schedule, parse_schedule
+from lora_squeeze.annealing.targets import parse_targets
 from lora_squeeze.errors import LoraSqueezeError, SettingsError
 from lora_squeeze.sections import ONE_WILL_DO, build, choice, read_toml
 from lora_squeeze.settings import ModelSettings, SqueezeSettings
@@ -275,12 +276,25 @@ def _schedule_problems(settings: RunSettings) -> list[str]:
         return [f'[in_squeeze] {key} needs a schedule, such as "minimum"' for key in given]
     if bad := [rank for rank in chosen.lr_by_rank if not rank.isdecimal()]:
         return [f"[in_squeeze] lr_by_rank: '{bad[0]}' is not a rank"]
+    if bad := [rank for rank, rate in chosen.lr_by_rank.items() if not rate > 0]:
+        return [f"[in_squeeze] lr_by_rank: {chosen.lr_by_rank[bad[0]]} for rank {bad[0]} is not above 0"]
+    if chosen.rewarm_steps >= 0 and chosen.lr_after_switch != "rewarm":
+        return ['[in_squeeze] rewarm_steps needs lr_after_switch = "rewarm"']
+    try:
+        parse_targets(chosen.rank_policy)
+    except LoraSqueezeError as error:
+        return [f"[in_squeeze] rank_policy: {error}"]
     # With epochs, the number of steps is known once the data are; with an adapter, the rank once it is.
     steps, rank = settings.training.max_steps, settings.rank
     if not steps or not rank:
         return []
     try:
-        settings.schedule(steps, rank)
+        schedule = settings.schedule(steps, rank)
     except LoraSqueezeError as error:
         return [f"[in_squeeze] {error}"]
-    return []
+    ranks = schedule.ranks if schedule else ()
+    return [
+        f"[in_squeeze] lr_by_rank: rank {one} is not among those of the schedule, {', '.join(map(str, ranks))}"
+        for one in chosen.lr_by_rank
+        if int(one) not in ranks
+    ]

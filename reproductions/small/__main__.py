@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from benchmarks.in_squeeze_runs import ROOT, tuning
-from reproductions.small.adapters import Places, add, ready
-from reproductions.small.experiments import BEYOND, planned
+from reproductions.small.adapters import Places, ready
+from reproductions.small.experiments import planned
 from reproductions.small.figures import draw
 from reproductions.small.measuring import measure, read_measurements
 from reproductions.small.page import written
@@ -32,9 +32,6 @@ def work(places: Places, minutes: float) -> None:
     until = time.monotonic() + 60 * minutes
     while time.monotonic() < until:
         runs, done = places.runs(), read_measurements(places.measurements)
-        if more := [run for run in BEYOND if run.key not in runs]:
-            add(more[0], places)
-            continue
         pending = [one for one in planned(runs) if one not in done]
         groups = [(trained, list(some)) for trained, some in groupby(pending, key=lambda one: one.trained)]
         trained, wanted = next((group for group in groups if ready(group[0], places, runs)), (None, []))

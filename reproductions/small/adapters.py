@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.in_squeeze import read_results
@@ -28,8 +27,8 @@ class Places:
         return self.own / "measurements.jsonl"
 
     def runs(self) -> Results:
-        """What the In-Squeeze benchmark has trained and measured so far, and what was added here."""
-        return {**read_results(self.in_squeeze / "runs.jsonl"), **read_results(self.own / "runs.jsonl")}
+        """What the In-Squeeze benchmark has trained and measured so far."""
+        return read_results(self.in_squeeze / "runs.jsonl")
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,6 @@ class Trained:
         if self.task == TREC:
             return places.in_squeeze / "adapters" / self.run.name
         return places.own / "adapters" / f"{self.task}-{self.run.name}"
-
-
-def add(run: Run, places: Places) -> None:
-    """Train on TREC's 50 classes what the In-Squeeze benchmark does not; its scores are written down."""
-    training = Training(run, data=questions_of(TREC, places.model))
-    training.advance(len(training.batches))
-    line = json.dumps({"run": asdict(run), "result": training.scores()})
-    places.own.mkdir(parents=True, exist_ok=True)
-    with (places.own / "runs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
 
 
 def ready(one: Trained, places: Places, runs: Results) -> bool:

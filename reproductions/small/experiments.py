@@ -14,8 +14,6 @@ BELOW = RANKS[1:]
 SIZES = (0.5, 0.25, 0.1)  # PARA: of the parameters
 POLICIES = ("para-rank", "para-energy", "params", "fixed")
 SMALL_SIZES = {16: 0.25, 8: 0.125, 4: 0.0625, 2: 0.03125}  # calibration: one rank for all, and as many parameters
-# Trained to see whether the best of the rates that were tried at these ranks is more than the end of the list.
-BEYOND = (Run("direct", 64, 2e-3), Run("direct", 1, 1e-3))
 
 
 def measurement(results: Results, seed: int, policy: str, **how: str) -> Measurement:

@@ -8,7 +8,7 @@ from benchmarks.in_squeeze_runs import BATCH, HEAD, RATES, SEEDS, SOURCE, STEPS,
 from benchmarks.machine import describe, table
 from reproductions.small import findings
 from reproductions.small.claims import claims, correlation
-from reproductions.small.experiments import BELOW, BEYOND, POLICIES, RANKS, SIZES, SMALL_SIZES, planned, sized
+from reproductions.small.experiments import BELOW, POLICIES, RANKS, SIZES, SMALL_SIZES, planned, sized
 from reproductions.small.findings import Done, Kept, Mean
 from reproductions.small.measuring import CALIBRATED_ON, GRADIENTS, OUTPUTS
 from reproductions.small.tasks import TASKS
@@ -51,25 +51,12 @@ def _setting(runs: Results, done: Done) -> str:
     parts = [
         "## Setting",
         f"{describe()}. {STEPS} steps of {BATCH} texts, AdamW, {WARMUP} steps of warm-up and then a constant rate "
-        f"({HEAD} times as high for the new head), all linear layers adapted, alpha = rank, seeds "
+        f"({HEAD:g} for the new head), all linear layers adapted, alpha = rank, seeds "
         f"{', '.join(map(str, SEEDS))}. Learning rates tried: {tried}; best on TREC-50's validation split with seed 0, "
-        f"and used: {rates}.{_beyond(runs)}",
+        f"and used: {rates}.",
         f"Not measured yet: {left}." if left else "",
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _beyond(runs: Results) -> str:
-    """Whether rates beyond the ends of what was tried are worse."""
-    text = ""
-    for run in BEYOND:
-        if run.key in runs:
-            used = Run("direct", run.rank, best_rate(runs, run.rank))
-            text += (
-                f" One step beyond what was tried at rank {run.rank}, {run.rate:g} reaches "
-                f"{runs[run.key]['validation']:.1%} on that split, {used.rate:g} {runs[used.key]['validation']:.1%}."
-            )
-    return text
 
 
 def _rates(runs: Results, done: Done) -> str:
