@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from benchmarks.in_squeeze_runs import SEEDS, SOURCE, Results, Run, best_rate
+from benchmarks.in_squeeze_runs import SEEDS, SOURCE, Results, best_rate
 from reproductions.small.adapters import TREC
 from reproductions.small.measuring import GRADIENTS, OUTPUTS, Measurement
 from reproductions.small.tasks import TASKS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from benchmarks.in_squeeze_runs import BATCH, HEAD, RATES, SEEDS, SOURCE, STEPS, WARMUP, Results, Run, best_rate
+from benchmarks.in_squeeze_runs import BATCH, HEAD, RATES, SEEDS, SOURCE, STEPS, WARMUP, Results, best_rate
 from benchmarks.machine import describe, table
 from reproductions.small import findings
 from reproductions.small.claims import claims, correlation
