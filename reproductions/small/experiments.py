@@ -69,7 +69,7 @@ def routes(results: Results, seed: int) -> Iterator[Measurement]:
 
 
 EXPERIMENTS: dict[str, Callable[[Results, int], Iterator[Measurement]]] = {
-    one.__name__: one for one in (post_squeeze, retention, para, calibration, gains, routes)
+    one.__name__: one for one in (post_squeeze, gains, routes, para, calibration, retention)
 }
 
 
