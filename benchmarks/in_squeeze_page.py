@@ -38,7 +38,8 @@ def section(results: Results) -> str:
     """The measured part of the page."""
     high = best_rate(results, SOURCE)
     rates = {rank: best_rate(results, rank) for rank in (SOURCE, *TARGETS)}
-    parts = [_setting(high, rates), _comparison(results, high, rates), _treatments(results, high)]
+    parts = [_setting(high, rates), _comparison(results, high, rates), _times(results, high, rates)]
+    parts += [_treatments(results, high)]
     parts += [_geometry(results, high), _costs(results, high)]
     return "\n\n".join(part for part in parts if part)
 
@@ -61,9 +62,11 @@ def _setting(high: float, rates: dict[int, float]) -> str:
     )
 
 
-def _comparison(results: Results, high: float, rates: dict[int, float]) -> str:
-    rows: list[list[str]] = []
-    methods: list[tuple[str, Callable[[int], Callable[[int], Run]], str]] = [
+Method = tuple[str, Callable[[int], Callable[[int], Run]], str]  # name, rank → seed → run, branch of that run
+
+
+def _methods(high: float, rates: dict[int, float]) -> list[Method]:
+    return [
         ("direct, its own rate", lambda rank: lambda seed: Run("direct", rank, rates[rank], seed), ""),
         (f"direct, rank {SOURCE}'s rate", lambda rank: lambda seed: Run("direct", rank, high, seed), ""),
         ("Post-Squeeze", lambda _: lambda seed: Run("source", SOURCE, high, seed), "post"),
@@ -71,12 +74,31 @@ def _comparison(results: Results, high: float, rates: dict[int, float]) -> str:
         ("In-Squeeze Standard", lambda rank: lambda seed: Run("in-squeeze", rank, high, seed, "standard"), ""),
         ("In-Squeeze Minimum", lambda rank: lambda seed: Run("in-squeeze", rank, high, seed, f"minimum={LEAST}"), ""),
     ]
-    for name, make, branch in methods:
+
+
+def _comparison(results: Results, high: float, rates: dict[int, float]) -> str:
+    rows: list[list[str]] = []
+    for name, make, branch in _methods(high, rates):
         cells = [mean(scores(results, make(rank), f"{branch} {rank}" if branch else "")) for rank in TARGETS]
         rows.append([name, *cells])
     full = mean(scores(results, lambda seed: Run("source", SOURCE, high, seed)))
     return f"Test accuracy, mean ± standard error over the seeds; at rank {SOURCE} it is {full}.\n\n" + table(
         ["", *(f"rank {rank}" for rank in TARGETS)], rows
+    )
+
+
+def _times(results: Results, high: float, rates: dict[int, float]) -> str:
+    rows: list[list[str]] = []
+    for name, make, branch in _methods(high, rates):
+        cells: list[str] = []
+        for rank in TARGETS:
+            found = [results.get(make(rank)(seed).key) for seed in SEEDS]
+            times = [(one["branches"][f"{branch} {rank}"] if branch else one)["cpu_seconds"] for one in found if one]
+            cells.append(f"{statistics.mean(times):.0f} s" if times else "–")
+        rows.append([name, *cells])
+    return (
+        "CPU time of the training, switches included, mean over the seeds; other work went on beside it, which alone "
+        "makes a tenth of difference:\n\n" + table(["", *(f"rank {rank}" for rank in TARGETS)], rows)
     )
 
 

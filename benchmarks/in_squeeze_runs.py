@@ -315,11 +315,12 @@ def accuracy(model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]])
 def geometry(run: Run, *, before: int = 40, after: int = 20) -> dict[str, Any]:
     """How far a switch that drops nothing takes the next steps off their way, by optimizer and treatment."""
     found: dict[str, Any] = {}
-    for optimizer, rate in (("adamw", run.rate), ("sgd", 0.03)):
+    for optimizer, rate in (("adamw", run.rate), ("sgd", 0.3)):
         training = Training(Run(run.kind, run.rank, rate), optimizer=optimizer)
         training.advance(before)
         start = updates(training.model)
         plain = training.copy()
+        torch.manual_seed(run.seed)  # the same dropout for all of them
         plain.advance(after)
         way = updates(plain.model) - start
         for balance in ("keep", "balanced"):
@@ -328,6 +329,7 @@ def geometry(run: Run, *, before: int = 40, after: int = 20) -> dict[str, Any]:
                 switch(other.model, [other.optimizer], partial(fixed, rank=SOURCE), balance=balance, state=state)
                 if state == "reset":
                     other.optimizer.state.clear()
+                torch.manual_seed(run.seed)
                 other.advance(after)
                 moved = updates(other.model) - start
                 found[f"{optimizer} {balance} {state}"] = {

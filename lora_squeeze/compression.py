@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, whole
-from lora_squeeze.decomposition import Decomposition, borrow_together, spectrum_of, together
+from lora_squeeze.decomposition import Decomposition, borrow_together, naming, spectrum_of, together
 from lora_squeeze.errors import RankError
 from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES, dtype_spelling
@@ -96,12 +96,14 @@ def compress(
     def decomposed(names: Sequence[str], loaded: Sequence[LoraLayer]) -> list[Basis]:
         if isinstance(source, Decomposition):
             return [source.basis(name) for name in names]
-        return bases(loaded, method=method, device=device)
+        with naming(adapter):
+            return bases(loaded, method=method, device=device)
 
     def squeezed(name: str, layer: LoraLayer, found: Basis, *, borrow: bool) -> LoraLayer:
         before, after = adapter.layers[name], layers[name]
         unchanged = before == after
-        spectrum = spectrum_of(before, layer, found)
+        with naming(adapter):
+            spectrum = spectrum_of(before, layer, found)
         result = Truncation(layer, 0.0) if unchanged else _truncated(layer, found, after, cut, borrow=borrow)
         errors[name] = SqueezedLayer(spectrum, after.rank, result.relative_error)
         if on_layer is not None:

@@ -22,7 +22,7 @@ from lora_squeeze.scratch import beside
 from lora_squeeze.spectrum import Basis, bases, check_device, singular_values
 from lora_squeeze.whitening import basis_on_data
 
-__all__ = ["Decomposition", "borrow_together", "decompose", "spectrum_of", "together"]
+__all__ = ["Decomposition", "borrow_together", "decompose", "naming", "spectrum_of", "together"]
 
 # What layers that are worked on together may hold: 10 MiB in half precision.
 _MOST_PARAMETERS = 5 << 20
@@ -70,6 +70,10 @@ def decompose(
     spool = _Spool()
 
     def work(names: Sequence[str]) -> list[tuple[Spectrum, Basis]]:
+        with naming(adapter):
+            return worked_out(names)
+
+    def worked_out(names: Sequence[str]) -> list[tuple[Spectrum, Basis]]:
         layers = borrow_together(adapter, names)
         if moments is None:
             found = bases(layers, method=method, device=device, seed=seed)
@@ -127,6 +131,17 @@ def borrow_together(adapter: Adapter, names: Sequence[str]) -> list[LoraLayer]:
         with beside(place):
             layers.append(adapter.borrow(name))
     return layers
+
+
+@contextmanager
+def naming(adapter: Adapter) -> Generator[None, None, None]:
+    """What is wrong with a layer is said with the adapter that it is in."""
+    try:
+        yield
+    except AdapterError as error:
+        if str(error).startswith("layer '"):
+            raise type(error)(f"{adapter.source}: {error}") from error
+        raise
 
 
 def spectrum_of(spec: LayerSpec, layer: LoraLayer, found: Basis) -> Spectrum:

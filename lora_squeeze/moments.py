@@ -11,11 +11,12 @@ and the order of batches does not matter. Without the scale: ΔW x = scale · B 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import Adapter
@@ -179,15 +180,15 @@ def read_moments(path: Path) -> Moments:
         stated = parse_json(file.metadata[ENTRY])
         layers = {
             name: LayerMoments(
-                down=file.read(f"{name}.down"),
-                up=file.read(f"{name}.up") if f"{name}.up" in file.tensors else None,
-                rows=int(rows),
+                down=file.read(f"{name}.down").double(),
+                up=file.read(f"{name}.up").double() if f"{name}.up" in file.tensors else None,
+                rows=_count(rows),
             )
             for name, rows in stated["rows"].items()
         }
         moments = Moments(
             layers=layers,
-            tokens=int(stated["tokens"]),
+            tokens=_count(stated["tokens"]),
             adapter_sha256=str(stated["adapter_sha256"]),
             base_model=str(stated["base_model"]),
             seen=tuple(Seen(**one) for one in stated["seen"]),
@@ -202,12 +203,22 @@ def read_moments(path: Path) -> Moments:
 def _check_sound(layers: Mapping[str, LayerMoments], path: Path) -> None:
     for name, layer in layers.items():
         for moment in (layer.down, layer.up):
-            if moment is not None and not (
-                moment.ndim == 2 and moment.shape[0] == moment.shape[1] and bool(torch.isfinite(moment).all())
-            ):
+            if moment is not None and not (moment.ndim == 2 and moment.shape[0] == moment.shape[1] and _sums(moment)):
                 raise AdapterError(
-                    f"{path}: the moments of layer '{name}' are not a square matrix of finite numbers; calibrate again"
+                    f"{path}: the moments of layer '{name}' are no square matrix of finite sums with squares on its "
+                    "diagonal; calibrate again"
                 )
+
+
+def _sums(moment: Tensor) -> bool:
+    return math.isfinite(float(moment.abs().sum())) and bool((moment.diagonal() >= 0).all())
+
+
+def _count(value: Any) -> int:
+    count = int(value)
+    if count < 0:
+        raise ValueError(f"{count} is no count")
+    return count
 
 
 def _added(parts: Iterable[LayerMoments]) -> LayerMoments:

@@ -222,7 +222,9 @@ def _error(loss: Compression, original: Adapter, made: Provenance) -> Check:
         return Check("error", True, f"{loss.relative_error:.3e}; the header states none")
     if original.sha256() != made.source_sha256:
         return Check("error", True, f"{loss.relative_error:.3e}; the header's is relative to another source")
-    agrees = math.isclose(loss.relative_error, made.relative_error, rel_tol=1e-3, abs_tol=1e-6)
+    # Where factors have 16 bits, the products that are rounded to them have float32's digits, and so what the
+    # rounding cost is known to two.
+    agrees = math.isclose(loss.relative_error, made.relative_error, rel_tol=1e-2, abs_tol=1e-6)
     return Check("error", agrees, f"{loss.relative_error:.3e}, in the header {made.relative_error:.3e}")
 
 

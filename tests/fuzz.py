@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 
-from hostile import TARGETS, attempt, keep
+from hostile import attempt, keep
+from hostile_files import TARGETS
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 
 ROUND = 100  # examples before the next target has its turn

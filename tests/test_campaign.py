@@ -359,7 +359,7 @@ def test_the_commands_of_a_campaign(text, tmp_path, monkeypatch):
     assert invoke("campaign", "resume", "c").exit_code == 0
     refused = invoke("campaign", "retry", "c", "sft~lora_rank=4_s1")
     assert (refused.exit_code, "has not failed" in refused.output) == (2, True)
-    report = invoke("campaign", "report", "c", "--squeezed", "--metric", "eval_loss")
+    report = invoke("campaign", "report", "c", "--squeezed", "--metric", "eval_loss", "--plots", "plots")
     assert report.exit_code == 0
     assert "±" in report.output
     assert "loss while training" in report.output
@@ -369,6 +369,11 @@ def test_the_commands_of_a_campaign(text, tmp_path, monkeypatch):
         "sft~lora_rank=4_s1": ["2"],
         "sft~lora_rank=4_s2": ["2"],
     }
+    drawn = {f"{name}.{form}" for name in ("curves", "gains") for form in ("png", "svg")}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == drawn
+    refused = invoke("campaign", "report", "c", "--plots", "plots")
+    assert (refused.exit_code, "already exists" in refused.output) == (1, True)
+    assert invoke("campaign", "report", "c", "--overwrite").exit_code == 2
     assert invoke("campaign", "report", "c", "--metric", "loss").exit_code == 2
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapters import BASES, LLAMA, PREFIX, edit_tensors, make_adapter, updates
 
-from lora_squeeze import decompose, open_adapter
+from lora_squeeze import compress_adapter, decompose, open_adapter
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.spectrum import METHODS
 
@@ -64,3 +64,13 @@ def test_a_damaged_layer_is_named(tmp_path):
     edit_tensors(source, lambda tensors: tensors[f"{PREFIX}{name}.lora_A.weight"][0, 0].fill_(math.inf))
     with pytest.raises(AdapterError, match=rf"'{name}'.*lora_A"):
         decompose(open_adapter(source))
+
+
+def test_a_damaged_layer_is_named_with_its_adapter(tmp_path):
+    source = make_adapter(tmp_path / "adapter")
+    edit_tensors(source, lambda tensors: next(iter(tensors.values())).fill_(math.nan))
+    said = rf"{source}: layer '.+': lora_A holds NaN"
+    with pytest.raises(AdapterError, match=said):
+        decompose(open_adapter(source))
+    with pytest.raises(AdapterError, match=said):
+        compress_adapter(source, tmp_path / "out", 1)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import snapshot
-from hostile import CONFIG, MEMORY, TARGETS, attempt, corpus, peft, sound
+from hostile import MEMORY, attempt, corpus
+from hostile_files import CONFIG, TARGETS, peft, sound
 from hypothesis import HealthCheck, Phase, given, settings
 
 from lora_squeeze import compress_adapter, open_adapter

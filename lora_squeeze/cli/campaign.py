@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,15 @@ import click
 
 from lora_squeeze.campaign.spec import Campaign, read_campaign
 from lora_squeeze.cli.output import print_table
+from lora_squeeze.cli.plots import check_plots, write_plots
 
 if TYPE_CHECKING:
     from lora_squeeze.campaign.manifest import Manifest, RunEntry
+    from lora_squeeze.campaign.results import Mean
 
 __all__ = ["campaign_command", "campaign_from_file"]
+
+_POINTS = 24  # of a curve that is drawn
 
 
 @click.group("campaign", short_help="Train conditions × seeds, squeezed by themselves.")
@@ -80,7 +85,14 @@ def retry(context: click.Context, folder: Path, runs: tuple[str, ...]) -> None:
 @click.option(
     "--squeezed", is_flag=True, help="Squeeze every run to the lower ranks of the others, evaluate, and compare."
 )
-def report(folder: Path, metric: str, squeezed: bool) -> None:
+@click.option(
+    "--plots",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write curves and gains as PNG and SVG to this folder.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace figures that exist.")
+def report(folder: Path, metric: str, squeezed: bool, plots: Path | None, overwrite: bool) -> None:
     """Compare the conditions: mean ± standard error over seeds, learning curves, squeezed against direct."""
     from lora_squeeze.campaign.manifest import read_manifest, refreshed
     from lora_squeeze.campaign.results import METRICS, main_metric
@@ -92,6 +104,10 @@ def report(folder: Path, metric: str, squeezed: bool) -> None:
         raise click.UsageError("no run has finished yet")
     if chosen not in METRICS:
         raise click.BadParameter(f"'{metric}' is not one of {', '.join(METRICS)}", param_hint="--metric")
+    if plots is not None:
+        check_plots(plots, ("curves", "gains"), overwrite=overwrite)
+    elif overwrite:
+        raise click.UsageError("--overwrite is about the files of --plots")
     _print_results(manifest, folder, chosen)
     if manifest.squeeze.status != "none":
         click.echo()
@@ -99,6 +115,8 @@ def report(folder: Path, metric: str, squeezed: bool) -> None:
     if squeezed:
         _measure_squeezed(manifest, folder)
     _print_gains(manifest, folder, chosen)
+    if plots is not None:
+        _write_plots(manifest, folder, chosen, plots, overwrite=overwrite)
 
 
 def campaign_from_file(context: click.Context, file: Path, out: Path | None = None, *, explain: bool = False) -> None:
@@ -213,8 +231,7 @@ def _is_at_work(folder: Path) -> bool:
 
 
 def _print_results(manifest: Manifest, folder: Path, metric: str) -> None:
-    from lora_squeeze.campaign.manifest import run_folder
-    from lora_squeeze.campaign.results import curve, mean_of, metrics_of
+    from lora_squeeze.campaign.results import mean_of, metrics_of
     from lora_squeeze.report.campaign import curves_table, results_table
 
     metrics = metrics_of(manifest)
@@ -234,14 +251,28 @@ def _print_results(manifest: Manifest, folder: Path, metric: str) -> None:
         for condition, runs in finished.items()
     ]
     print_table(results_table(rows, metrics))
-    logged = "reward" if "reward" in metric else "loss"
-    curves = {
-        condition: curve([run_folder(folder, one).read_metrics() for one in runs], logged, points=5)
-        for condition, runs in finished.items()
-    }
-    if known := {condition: points for condition, points in curves.items() if points}:
+    curves = _curves(manifest, folder, metric, points=5)
+    if curves:
         click.echo()
-        print_table(curves_table(known, logged))
+        print_table(curves_table(curves, _logged(metric)))
+
+
+def _logged(metric: str) -> str:
+    """What is logged while training that says as much."""
+    return "reward" if "reward" in metric else "loss"
+
+
+def _curves(manifest: Manifest, folder: Path, metric: str, *, points: int) -> dict[str, tuple[tuple[int, Mean], ...]]:
+    from lora_squeeze.campaign.manifest import run_folder
+    from lora_squeeze.campaign.results import curve
+
+    found: dict[str, tuple[tuple[int, Mean], ...]] = {}
+    for condition in manifest.conditions:
+        runs = [one for one in manifest.runs if one.condition == condition and one.status == "finished"]
+        logged = [run_folder(folder, one).read_metrics() for one in runs]
+        if known := curve(logged, _logged(metric), points=points):
+            found[condition] = known
+    return found
 
 
 def _measure_squeezed(manifest: Manifest, folder: Path) -> None:
@@ -254,12 +285,31 @@ def _measure_squeezed(manifest: Manifest, folder: Path) -> None:
         measure_squeezed(manifest, folder, on_pair=advance)
 
 
-def _print_gains(manifest: Manifest, folder: Path, metric: str) -> None:
+def _gains(manifest: Manifest, folder: Path, metric: str) -> dict[tuple[int, int], Mean]:
     from lora_squeeze.campaign.results import squeezed_against_direct
     from lora_squeeze.campaign.squeezed import read_squeezed
+
+    return squeezed_against_direct(manifest, read_squeezed(folder), metric)
+
+
+def _print_gains(manifest: Manifest, folder: Path, metric: str) -> None:
     from lora_squeeze.report.campaign import gains_table
 
-    gains = squeezed_against_direct(manifest, read_squeezed(folder), metric)
+    gains = _gains(manifest, folder, metric)
     if gains:
         click.echo()
         print_table(gains_table(gains, metric))
+
+
+def _write_plots(manifest: Manifest, folder: Path, metric: str, plots: Path, *, overwrite: bool) -> None:
+    from lora_squeeze.report.campaign_plots import plot_curves, plot_gains
+    from lora_squeeze.report.plots import draw_with
+
+    figures: dict[str, Callable[[Any], None]] = {}
+    if curves := _curves(manifest, folder, metric, points=_POINTS):
+        figures["curves"] = partial(plot_curves, curves=curves, metric=_logged(metric))
+    if gains := _gains(manifest, folder, metric):
+        figures["gains"] = partial(plot_gains, gains=gains, metric=metric)
+    if not figures:
+        raise click.UsageError("nothing was logged while training, and nothing was squeezed: there is nothing to draw")
+    write_plots(plots, {name: partial(draw_with, plot) for name, plot in figures.items()}, overwrite=overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,6 +20,7 @@ from lora_squeeze.cli.options import (
     spelled,
 )
 from lora_squeeze.cli.output import progress
+from lora_squeeze.cli.plots import check_plots, write_plots
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.errors import OutputError, RankError
 from lora_squeeze.measurements import Curve
@@ -78,7 +80,9 @@ def report_command(
     if output is not None:
         _check_page(output, overwrite=overwrite)
     if plots is not None:
-        _check_plots(plots, overwrite=overwrite)
+        from lora_squeeze.report.plots import FIGURES
+
+        check_plots(plots, FIGURES, overwrite=overwrite)
     if curve_file is not None and output is None:
         raise click.UsageError("--curve is shown in the page: give it a name with --output")
     curve = _read_record(curve_file, Curve.from_json, "what lora-squeeze curve wrote") if curve_file else None
@@ -139,34 +143,10 @@ def _write_page(
     click.echo(f"{output}: {len(exploration.settings)} settings of all policies, {bytes_text(len(page))}")
 
 
-def _check_plots(folder: Path, *, overwrite: bool) -> None:
-    from lora_squeeze.extras import require
-
-    require("matplotlib", "plots")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file, and figures are written to a folder; choose another")
-    for file in _plot_files(folder):
-        if file.exists() and not overwrite:
-            raise OutputError(f"{file}: already exists; use --overwrite to replace it, or choose another folder")
-
-
-def _plot_files(folder: Path) -> list[Path]:
-    from lora_squeeze.report.plots import FIGURES, FORMATS
-
-    return [folder / f"{name}.{form}" for name in FIGURES for form in FORMATS]
-
-
 def _write_plots(exploration: Exploration, folder: Path, *, overwrite: bool) -> None:
-    from lora_squeeze.formats.folder import new_file
-    from lora_squeeze.report.plots import draw
+    from lora_squeeze.report.plots import FIGURES, draw
 
-    files = _plot_files(folder)
-    with progress("Drawing", len(files)) as advance:
-        for file in files:
-            with new_file(file, overwrite=overwrite) as made:
-                draw(file.stem, exploration, made)
-            advance(file.name)
-    click.echo(f"{folder}: {len(files)} files: {', '.join(dict.fromkeys(file.stem for file in files))}")
+    write_plots(folder, {name: partial(draw, name, exploration) for name in FIGURES}, overwrite=overwrite)
 
 
 def _show(exploration: Exploration) -> None:

@@ -15,7 +15,7 @@ from lora_squeeze.exploration import Exploration, Setting
 from lora_squeeze.extras import require
 from lora_squeeze.report.arrangement import arrange
 
-__all__ = ["FIGURES", "FORMATS", "draw"]
+__all__ = ["FIGURES", "FORMATS", "draw", "draw_with"]
 
 FORMATS = ("png", "svg")
 _MAP = "viridis"
@@ -44,11 +44,16 @@ def draw(name: str, exploration: Exploration, file: Path) -> None:
 
     Raises MissingExtra if matplotlib is not installed.
     """
+    draw_with(lambda figure: FIGURES[name](figure, exploration), file)
+
+
+def draw_with(plot: Callable[[Any], None], file: Path) -> None:
+    """Have `plot` draw on a new figure, in the style of all of them, and save it. Raises MissingExtra."""
     matplotlib = require("matplotlib", "plots")
     require("matplotlib.backends.backend_agg", "plots")
     with matplotlib.rc_context(_STYLE):
         figure = require("matplotlib.figure", "plots").Figure(layout="constrained")
-        FIGURES[name](figure, exploration)
+        plot(figure)
         metadata = {"Date": None, "Creator": "lora-squeeze"} if file.suffix == ".svg" else {"Software": "lora-squeeze"}
         figure.savefig(file, metadata=metadata)
 
