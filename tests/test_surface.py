@@ -147,6 +147,7 @@ ORDER = [
     "campaign.squeezed",
     "campaign.overview",
     "report.campaign",
+    "report.campaign_plots",
     "batch",
     "report",
     "report.table",
@@ -164,6 +165,7 @@ ORDER = [
     "",  # the façade
     "cli.options",
     "cli.output",
+    "cli.plots",
     "cli.data_options",
     "cli.source",
     "cli.decomposing",
