@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from adapters import make_adapter
+from click.testing import CliRunner
 from images import kohya_pair, save
+
+from lora_squeeze.cli import main
 
 PACKAGE = Path(__file__).parent.parent / "lora_squeeze"
 
@@ -104,6 +107,18 @@ def test_no_token_gets_into_what_is_written_or_said(tmp_path, environment):
     for value in SECRETS.values():
         assert value not in done.stdout + done.stderr
         assert [path for path in written if value.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("scheme", ["hf", "https", "tinker"])
+def test_an_address_with_a_token_is_refused_without_repeating_it(scheme, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    address = f"{scheme}://user:secret-a81f3c@huggingface.co/x/y"
+    for command in (["show", address], ["compress", address, "out", "--rank", "2"]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 1
+        assert "may hold no password or token" in " ".join(result.output.split())
+        assert "secret-a81f3c" not in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 NO_NETWORK = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -98,6 +99,7 @@ def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None
     location = Path(path).expanduser()
     if location.exists():
         return _open_local(location)
+    _refuse_credentials(os.fspath(path))
     fetched = _fetch(os.fspath(path), on_download)
     if fetched is None:
         if "://" in (text := os.fspath(path)):
@@ -110,6 +112,15 @@ def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None
     files = {name: file for name, file in adapter.files.items() if fetched.files is None or name in fetched.files}
     notes = (*adapter.notes, *fetched.notes)
     return replace(adapter, source=fetched.origin, origin=fetched.origin, files=files, notes=notes)
+
+
+def _refuse_credentials(address: str) -> None:
+    """An address is repeated in messages, logs and records, so it may hold no password or token."""
+    if found := re.match(r"([\w+.-]+://)[^/]*@(.*)", address, re.DOTALL):
+        raise AdapterError(
+            f"{found[1]}…@{found[2]}: an address may hold no password or token; leave out what stands before the @ "
+            "and set HF_TOKEN or TINKER_API_KEY instead"
+        )
 
 
 def _fetch(path: str, on_download: OnDownload | None) -> Fetched | None:
