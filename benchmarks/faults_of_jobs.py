@@ -115,8 +115,11 @@ def prepared(root: Path, model: Path) -> Path:
 
 
 def weights(job: Job, root: Path) -> dict[str, bytes]:
-    """The weights of the adapters that the finished job leaves: path → bytes; checkpoints are not among them."""
-    kept = [path for path in job.adapters(root) if "checkpoint" not in str(path)]
+    """The weights of the adapters that the finished job leaves: path → bytes.
+
+    Without checkpoints, and without what a campaign squeezes: the run that finishes first, which need not be the same.
+    """
+    kept = [path for path in job.adapters(root) if "checkpoint" not in str(path) and root / "out" in path.parents]
     return {str(path.relative_to(root)): (path / "adapter_model.safetensors").read_bytes() for path in kept}
 
 
@@ -153,7 +156,7 @@ def sound(job: Job, root: Path) -> None:
         adapter = open_adapter(path)
         for name in adapter.layers:
             adapter.load(name)
-        if job is JOBS["batch"]:
+        if job is JOBS["batch"] or path.name == "squeezed":
             assert verify(path).passed, path
     if (root / "out" / "manifest.json").exists():
         read_manifest(root / "out")
