@@ -57,7 +57,7 @@ def _extreme(runs: Results, done: Done) -> Claim | None:
     lost = findings.differences(findings.squeezed(runs, done, SOURCE, 1), whole)
     if not lost:
         return None
-    text = f"{SOURCE} → 1 loses {points(lost)} points against rank {SOURCE}"
+    text = f"{SOURCE} → 1: {points(lost)} points against rank {SOURCE}"
     return "An extreme gap collapses: 128 → 1 loses 12.8 points at 4B, 29.6 at 1B", text, verdict([lost], better=-1)
 
 
