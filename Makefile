@@ -19,7 +19,7 @@ THREADS := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-lm demo-campaign test fuzz faults wheel-test lint types bench bench-in-squeeze reproduce-small clean
+.PHONY: help install demo demo-lm demo-campaign test fuzz faults faults-of-jobs wheel-test lint types bench bench-in-squeeze reproduce-small clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -47,6 +47,9 @@ fuzz: $(VENV)/.dev ## attempt hostile files for a minute; ARGS="600" for ten
 
 faults: $(VENV)/.dev ## kill, fill disks, pull sources away: what is left is in docs/reliability.md
 	$(BIN)/python -m benchmarks.faults $(ARGS)
+
+faults-of-jobs: $(VENV)/.dev ## end batch, train and campaigns at random moments, and start them again
+	$(OFFLINE) $(THREADS) $(BIN)/python -m benchmarks.faults_of_jobs $(ARGS)
 
 wheel-test: ## build the wheel, install it alone under each of PYTHONS, and use it
 	TORCH_FLAGS="$(TORCH_FLAGS)" .ci/wheel $(PYTHONS)
