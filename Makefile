@@ -22,7 +22,7 @@ THREADS := OMP_WAIT_POLICY=passive
 .PHONY: help install demo demo-lm demo-campaign test fuzz faults faults-of-jobs wheel-test lint types bench bench-in-squeeze reproduce-small clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
 
 install: $(VENV)/.dev ## create .venv with the package, its extras and the development tools
 
