@@ -153,6 +153,9 @@ def test_what_is_missing_is_named(tmp_path, llama):
         device_of("abacus")
     with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
         attach_adapter(load_model(str(llama), device="cpu"), str(tmp_path))
+    with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
+        base_of(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match=r"adapter_config\.json: cannot be read"):
         base_of(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
