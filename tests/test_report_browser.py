@@ -200,15 +200,20 @@ def test_the_keyboard_is_enough(shown):
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
     page.wait_for_function("text => document.getElementById('limit-value').textContent !== text", arg=before)
-    assert page.locator("#limit").get_attribute("aria-valuetext") == page.locator("#limit-value").inner_text()
+    # The page follows when it next draws, which may be later than the key: until then, wait.
+    page.wait_for_function(
+        "() => document.getElementById('limit').getAttribute('aria-valuetext')"
+        " === document.getElementById('limit-value').textContent"
+    )
     page.locator("#policy-params").focus()
     page.keyboard.press("ArrowDown")  # the next policy, and the focus stays on it though the rows are made again
-    assert page.evaluate("document.activeElement.id") == "policy-size"
-    assert page.locator("#chosen-name").inner_text().startswith("size=")
+    page.wait_for_function("document.activeElement.id === 'policy-size'")
+    page.wait_for_function("document.getElementById('chosen-name').textContent.startsWith('size=')")
     page.locator("#heatmap").focus()
     seen = {page.locator("#spectrum-title").inner_text()}
     for key in ("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown", "ArrowDown"):
         page.keyboard.press(key)
+        page.wait_for_timeout(50)
         seen.add(page.locator("#spectrum-title").inner_text())
     assert len(seen) >= 3
     assert "effective rank" in page.locator("#readout").inner_text()
