@@ -93,13 +93,14 @@ def kept_table(kept: Kept, *, layers: bool = False) -> RenderableType:
 def curve_table(curve: Curve) -> RenderableType:
     """One row a policy and size: what it keeps and costs, and what it scores against the original."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("Policy")
+    names = [f"{point.outcome.policy} {point.label}".strip() for point in curve.points]
+    table.add_column("Policy", no_wrap=True, min_width=max(map(len, ["original", *names])))
     for heading in ("Parameters", "Weights", "Largest rank", "Energy kept"):
         table.add_column(heading, justify="right", no_wrap=True)
     metrics = list(curve.original.metrics)
     for metric in metrics:
         table.add_column(metric.capitalize(), justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
+        table.add_column("")  # where there is no room for all of it, this is what takes more lines
     own = curve.original
     cells = [cell for metric in metrics for cell in (_number(metric, own.metrics[metric].value), "")]
     table.add_row("original", f"{own.parameters:,}", "", str(own.rank), "", *cells, style="bold")
