@@ -13,6 +13,7 @@ Where a task names no source, no data set of the Hub with its training split is 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import string
 from collections import Counter
@@ -24,7 +25,7 @@ from typing import Any
 from PIL import Image
 from tasks import Fields, lettered
 
-from lora_squeeze.data import read_rows
+from lora_squeeze.data import Row, read_rows
 from lora_squeeze.errors import DataError
 
 
@@ -52,7 +53,8 @@ def options(row: Fields) -> list[dict[str, Any]]:
 def free(row: Fields) -> list[dict[str, Any]]:
     """question, answers or direct_answers: the most frequent is learnt, all are accepted."""
     answers = row["direct_answers"] if "direct_answers" in row else row["answers"]
-    answers = json.loads(answers) if isinstance(answers, str) and answers.startswith("[") else answers
+    # A-OKVQA gives its list as Python's text; JSON of strings reads the same.
+    answers = ast.literal_eval(answers) if isinstance(answers, str) and answers.startswith("[") else answers
     return [answered(row["question"], answers)]
 
 
@@ -133,10 +135,19 @@ def write_task(name: str, folder: Path, *, slices: Path | None = None) -> dict[s
             file = images / f"{number}.png"
             _opened(one.fields["image"], one.place, slices / name if slices else Path()).save(file)
             image = str(file.relative_to(folder / name))
-            lines += [json.dumps({**row, "image": image}, ensure_ascii=False) for row in task.row(one.fields)]
+            lines += [json.dumps({**row, "image": image}, ensure_ascii=False) for row in _made(task, one)]
         (folder / name / f"{part}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         counts[part] = len(lines)
     return counts
+
+
+def _made(task: VisionTask, one: Row) -> list[dict[str, Any]]:
+    try:
+        return task.row(one.fields)
+    except KeyError as error:
+        raise DataError(f"{one.place}: has no column {error}, only {', '.join(one.fields)}") from error
+    except (ValueError, IndexError, SyntaxError) as error:
+        raise DataError(f"{one.place}: its answer cannot be used: {error}") from error
 
 
 def _opened(image: Any, place: str, beside: Path) -> Image.Image:

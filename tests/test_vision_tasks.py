@@ -17,7 +17,7 @@ OPTIONS = {"question": "Which?", "options": ["ice", "fire"], "answer": "1"}
 FREE = {"question": "Which?", "answers": ["ice", "fire", "ice"]}
 ROWS = {
     "ai2d": OPTIONS,
-    "a-okvqa": {"question": "Which?", "direct_answers": '["ice", "fire", "ice"]'},
+    "a-okvqa": {"question": "Which?", "direct_answers": "['ice', 'fire', 'ice']"},
     "countbenchqa": {"question": "How many?", "number": 4},
     "docvqa": FREE,
     "infovqa": FREE,
@@ -58,6 +58,21 @@ def test_a_missing_image_names_row_and_file_and_none_is_left_out(tmp_path):
         vision_tasks.write_task("textvqa", tmp_path / "out", slices=tmp_path)
     slices_of(tmp_path, "scienceqa", image=None)
     assert vision_tasks.write_task("scienceqa", tmp_path / "out", slices=tmp_path) == {"train": 0, "test": 0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"question": "Which?"}, r"line 1: has no column 'answers', only question, image"),
+        ({"question": "Which?", "answers": []}, "line 1: its answer cannot be used"),
+        ({"question": "Which?", "answers": "['ice'"}, "line 1: its answer cannot be used"),
+    ],
+)
+def test_a_row_without_a_usable_answer_is_named(tmp_path, fields, why):
+    folder = slices_of(tmp_path, "textvqa")
+    (folder / "textvqa" / "train.jsonl").write_text(json.dumps({**fields, "image": "a.png"}) + "\n")
+    with pytest.raises(DataError, match=why):
+        vision_tasks.write_task("textvqa", tmp_path / "out", slices=folder)
 
 
 def test_without_a_known_source_slices_are_asked_for(tmp_path):
