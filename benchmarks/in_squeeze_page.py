@@ -16,6 +16,7 @@ from benchmarks.in_squeeze_runs import (
     SOURCE,
     STEPS,
     TARGETS,
+    TUNED_AT,
     WARMUP,
     Results,
     Run,
@@ -50,15 +51,16 @@ def scores(results: Results, make: Callable[[int], Run], branch: str = "") -> li
 
 
 def _setting(high: float, rates: dict[int, float]) -> str:
-    tuned = ", ".join(f"{rate:g} at rank {rank}" for rank, rate in sorted(rates.items()))
+    tuned = ", ".join(f"{rates[rank]:g} at rank {rank}" for rank in sorted(RATES))
+    borrowed = ", ".join(f"rank {rank} that of {at}" for rank, at in TUNED_AT.items() if rank in TARGETS and rank != at)
     tried = "; ".join(f"{', '.join(f'{rate:g}' for rate in some)} at rank {rank}" for rank, some in RATES.items())
     return (
         f"all-MiniLM-L6-v2 on TREC's 50 fine classes, all linear layers adapted, {STEPS} steps of {BATCH} questions "
         f"for every run, AdamW, {WARMUP} steps of warm-up and then a constant rate ({HEAD:g} for the new head), "
         f"three seeds; {describe()}. Learning rates tried: {tried}; best on the validation split with seed 0: "
-        f"{tuned}. Cont-Squeeze: {STEPS - CONTINUED} steps at rank {SOURCE} and {CONTINUED} at the lower rank's own "
-        f"rate, {CONTINUED // 4} of them warm-up. In-Squeeze halves from rank {SOURCE} at the rate of rank {SOURCE} "
-        f"({high:g}); every stage of Minimum Steps has at least {LEAST} steps."
+        f"{tuned}; not tuned itself: {borrowed}. Cont-Squeeze: {STEPS - CONTINUED} steps at rank {SOURCE} and "
+        f"{CONTINUED} at the lower rank's own rate, {CONTINUED // 4} of them warm-up. In-Squeeze halves from rank "
+        f"{SOURCE} at the rate of rank {SOURCE} ({high:g}); every stage of Minimum Steps has at least {LEAST} steps."
     )
 
 
