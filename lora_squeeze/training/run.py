@@ -281,6 +281,12 @@ def _peak_memory(model: Any) -> int:
     torch = require("torch", "train")
     if model.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(model.device))
+    status = Path("/proc/self/status")
+    if (
+        status.is_file()
+    ):  # Linux: getrusage would give the peak of the process that started this one, if that was higher
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
     try:
         import resource
     except ImportError:  # not on Windows
