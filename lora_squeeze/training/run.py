@@ -282,9 +282,8 @@ def _peak_memory(model: Any) -> int:
     if model.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(model.device))
     status = Path("/proc/self/status")
-    if (
-        status.is_file()
-    ):  # Linux: getrusage would give the peak of the process that started this one, if that was higher
+    # On Linux, getrusage would give the peak of the process that started this one, if that was higher.
+    if status.is_file():
         lines = status.read_text(encoding="ascii", errors="replace").splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
     try:
