@@ -14,16 +14,18 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import in_squeeze_runs as runs  # noqa: E402
+from benchmarks.in_squeeze import read_results  # noqa: E402
 from benchmarks.in_squeeze_runs import SOURCE, TARGETS, Run, best_rate  # noqa: E402
 from reproductions.small import __main__ as command  # noqa: E402
 from reproductions.small import experiments, findings, page, tasks  # noqa: E402
-from reproductions.small.adapters import TREC, Places  # noqa: E402
-from reproductions.small.claims import verdict  # noqa: E402
+from reproductions.small.adapters import TREC, Places, keep_runs  # noqa: E402
+from reproductions.small.claims import correlated, verdict  # noqa: E402
 from reproductions.small.experiments import BELOW, SIZES, measurement, planned, sized  # noqa: E402
 from reproductions.small.figures import FIGURES  # noqa: E402
 from reproductions.small.findings import Mean  # noqa: E402
 from reproductions.small.measuring import GRADIENTS, OUTPUTS, Measurement, measure, read_measurements  # noqa: E402
 from reproductions.small.tasks import Example, Task  # noqa: E402
+from reproductions.small.wording import points  # noqa: E402
 
 SEEDS = (0, 1)
 WORDS = {"animal": ("cat", "dog", "cow"), "plant": ("oak", "elm", "rose")}
@@ -35,7 +37,8 @@ PAGE = f"# Title\n\n{page.BEGIN}\nold\n{page.END}\nend\n"
 def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
     """All that `make bench-in-squeeze` and `make reproduce-small` do, with a tiny model and few steps."""
     folder = tmp_path_factory.mktemp("small")
-    found = Places(str(save_tiny_bert(folder / "model")), folder / "in-squeeze", folder / "own")
+    found = Places(str(save_tiny_bert(folder / "model")), folder / "in-squeeze", folder / "own", folder / "results")
+    before = dict(tasks.TASKS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "SEEDS", SEEDS)
         for name, value in {"STEPS": 6, "CONTINUED": 2, "BATCH": 8, "SEEDS": SEEDS}.items():
@@ -48,8 +51,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
             cached.cache_clear()
         patch.setattr(runs, "questions", lambda: tasks.questions_of(TREC, found.model))
         train_in_squeeze(found)
+        keep_runs(found)
         command.work(found, minutes=60)
         yield found
+    tasks.TASKS.clear()
+    tasks.TASKS.update(before)  # in their order, which is that of the page
     for cached in (tasks.texts_of, tasks._unique):
         cached.cache_clear()
 
@@ -65,16 +71,17 @@ def threads() -> Iterator[None]:
 def train_in_squeeze(places: Places) -> None:
     """What is trained at one rank; In-Squeeze itself is none of this page's experiments, so its scores are made up."""
     places.in_squeeze.mkdir()
-    with (places.in_squeeze / "runs.jsonl").open("a", encoding="utf-8") as file:
-        while wanted := [one for one in runs.planned(places.runs()) if one.kind in ("direct", "source")]:
-            done = places.runs()
+    path = places.in_squeeze / "runs.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        while wanted := [one for one in runs.planned(read_results(path)) if one.kind in ("direct", "source")]:
+            done = read_results(path)
             if not (pending := [one for one in wanted if one.key not in done]):
                 break
             result = runs.carried_out(pending[0], done, places.in_squeeze / "adapters")
             file.write(json.dumps({"run": asdict(pending[0]), "result": result}) + "\n")
             file.flush()
         for seed in SEEDS:
-            run = Run("in-squeeze", 1, best_rate(places.runs(), SOURCE), seed, f"minimum={runs.LEAST}")
+            run = Run("in-squeeze", 1, best_rate(read_results(path), SOURCE), seed, f"minimum={runs.LEAST}")
             file.write(json.dumps({"run": asdict(run), "result": {"test": 0.5}}) + "\n")
 
 
@@ -100,7 +107,7 @@ def test_an_interrupted_measurement_goes_on_alike(places: Places, tmp_path: Path
     """Whatever has been measured before, moments are those of the adapter as it was trained."""
     results, done = places.runs(), read_measurements(places.measurements)
     one = measurement(results, 0, "fixed=2", moments=GRADIENTS)
-    alone = replace(places, own=tmp_path)
+    alone = replace(places, results=tmp_path)
     assert list(measure(one.trained, [one], alone)) == [one]
     found = read_measurements(alone.measurements)[one]
     assert found["losses"] == pytest.approx(done[one]["losses"], abs=2e-5)
@@ -130,7 +137,8 @@ def test_the_command_writes_page_and_figures(places: Places, tmp_path: Path, mon
 
     monkeypatch.setattr(packaged, "minilm", lambda: places.model)
     monkeypatch.setattr(command, "PAGE", tmp_path / "README.md")
-    monkeypatch.setattr(sys, "argv", ["", "--in-squeeze", str(places.in_squeeze), "--out", str(places.own)])
+    folders = ["--in-squeeze", str(places.in_squeeze), "--out", str(places.own), "--results", str(places.results)]
+    monkeypatch.setattr(sys, "argv", ["", *folders])
     command.PAGE.write_text(PAGE, encoding="utf-8")
     command.main()
     text = command.PAGE.read_text(encoding="utf-8")
@@ -167,9 +175,35 @@ def test_without_the_benchmark_the_command_says_what_to_run(tmp_path: Path, monk
     import packaged
 
     monkeypatch.setattr(packaged, "minilm", lambda: "model")
-    monkeypatch.setattr(sys, "argv", ["", "--in-squeeze", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["", "--in-squeeze", str(tmp_path), "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="make bench-in-squeeze"):
         command.main()
+
+
+def test_runs_that_were_made_anew_are_not_mixed_with_the_old(places: Places, tmp_path: Path) -> None:
+    mine, path = replace(places, in_squeeze=tmp_path), tmp_path / "runs.jsonl"
+    kept = places.kept_runs.read_text(encoding="utf-8")
+    first = json.loads(kept.splitlines()[0])
+    cost = {"run": asdict(Run("cost", 64, 0.001)), "result": {"peak_mib": 1.0}}
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(cost)}\n", encoding="utf-8")
+    keep_runs(mine)
+    assert places.kept_runs.read_text(encoding="utf-8") == kept
+    first["result"]["test"] += 0.01
+    path.write_text(json.dumps(first), encoding="utf-8")
+    with pytest.raises(ValueError, match="trained anew"):
+        keep_runs(mine)
+    assert places.kept_runs.read_text(encoding="utf-8") == kept
+
+
+def test_gains_are_judged_where_direct_training_has_a_rate_of_its_own() -> None:
+    up, noise = Mean((0.1, 0.1001)), Mean((0.1, -0.1))
+    assert set(findings.tuned({(64, 8): noise, (64, 2): up, (64, 1): noise})) == {(64, 8), (64, 1)}
+
+
+def test_fewer_seeds_than_planned_are_named() -> None:
+    assert points(Mean((0.01,))) == "+1.0 (1 seed)"
+    assert points(Mean((0.01, 0.02))) == "+1.5 ± 0.5 (2 seeds)"
+    assert points(Mean((0.01, 0.02, 0.03))) == "+2.0 ± 0.6"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +222,13 @@ def test_verdicts_need_every_comparison() -> None:
     assert verdict([noise]) == "within noise"
     assert verdict([alone]) == "one seed"
     assert verdict([down], better=-1) == "confirmed"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(-0.9, "confirmed"), (-0.5, "within noise"), (0.7, "within noise"), (0.9, "not confirmed")]
+)
+def test_a_correlation_over_six_tasks_needs_to_be_strong(found: float, said: str) -> None:
+    assert correlated(found) == said
 
 
 def test_rank_correlation_lets_ties_share_their_places() -> None:

@@ -3,7 +3,7 @@
     make reproduce-small                    # or, in pieces: ARGS="--minutes 8"
 
 What `make bench-in-squeeze` trained is squeezed; adapters of other tasks are trained here. Every measurement is a
-line of JSON in build/small/measurements.jsonl. One process at a time.
+line of JSON in results/measurements.jsonl beside the page, and is not made again. One process at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.in_squeeze_runs import ROOT, tuning
-from reproductions.small.adapters import Places, ready
+from reproductions.small.adapters import Places, keep_runs, ready
 from reproductions.small.experiments import planned
 from reproductions.small.figures import draw
 from reproductions.small.measuring import measure, read_measurements
@@ -47,7 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop measuring after so long; 0: write the page")
     parser.add_argument("--in-squeeze", type=Path, default=Places("").in_squeeze, help="what bench-in-squeeze made")
-    parser.add_argument("--out", type=Path, default=Places("").own, help="adapters and measurements of one's own")
+    parser.add_argument("--out", type=Path, default=Places("").own, help="adapters that are trained here")
+    parser.add_argument(
+        "--results", type=Path, default=Places("").results, help="what was measured; another folder begins anew"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)  # the batches are small: a second thread costs more than it brings
     transformers.logging.set_verbosity_error()
@@ -55,11 +58,15 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "examples"))
     from packaged import minilm
 
-    places = Places(str(minilm()), options.in_squeeze, options.out)
+    places = Places(str(minilm()), options.in_squeeze, options.out, options.results)
+    try:
+        keep_runs(places)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     runs = places.runs()
     if missing := [run.name for run in tuning() if run.key not in runs]:
         raise SystemExit(
-            f"{places.in_squeeze}: {len(missing)} runs by which the rates are tuned are missing: make bench-in-squeeze"
+            f"{places.kept_runs}: {len(missing)} runs by which the rates are tuned are missing: make bench-in-squeeze"
         )
     work(places, options.minutes)
     runs, done = places.runs(), read_measurements(places.measurements)

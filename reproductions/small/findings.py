@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.in_squeeze_runs import SEEDS, SOURCE, Results, Run, best_rate
+from benchmarks.in_squeeze_runs import LEAST, SEEDS, SOURCE, TARGETS, TUNED_AT, Results, Run, best_rate
 from lora_squeeze.evaluation.bootstrap import estimates
 from reproductions.small.adapters import TREC
 from reproductions.small.experiments import BELOW, RANKS, measurement
@@ -84,6 +84,22 @@ def gains(runs: Results, done: Done) -> dict[tuple[int, int], Mean]:
     pairs = [(source, rank) for source in RANKS for rank in RANKS if rank < source]
     found = {pair: gain(runs, done, *pair) for pair in pairs}
     return {pair: one for pair, one in found.items() if one is not None}
+
+
+def tuned(found: Mapping[tuple[int, int], Mean]) -> dict[tuple[int, int], Mean]:
+    """Those over direct training at a rate that was tuned at that very rank, not at a neighbour."""
+    return {(source, rank): one for (source, rank), one in found.items() if TUNED_AT[rank] == rank}
+
+
+def annealed(runs: Results) -> dict[int, Mean]:
+    """Rank → In-Squeeze Minimum over direct training there at its own rate."""
+    high, found = best_rate(runs, SOURCE), dict[int, Mean]()
+    for rank in sorted(TARGETS):
+        minimum = [runs.get(Run("in-squeeze", rank, high, seed, f"minimum={LEAST}").key) for seed in SEEDS]
+        scores = [None if one is None else one["test"] for one in minimum]
+        change = differences(scores, direct(runs, rank, best_rate(runs, rank)))
+        found |= {rank: change} if change else {}
+    return found
 
 
 @dataclass(frozen=True)

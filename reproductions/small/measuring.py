@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.calibration import gather
+from benchmarks.machine import describe
 from lora_squeeze import Decomposition, Ranks, decompose
 from lora_squeeze.comparison import outcome_of, policies_at
 from lora_squeeze.compression import file_cost
@@ -97,6 +98,7 @@ def measure(trained: Trained, wanted: Iterable[Measurement], places: Places) -> 
 
 def _write(path: Path, measurement: Measurement, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    result = {**result, "machine": describe()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"measurement": asdict(measurement), "result": result}) + "\n")
 

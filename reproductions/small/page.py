@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from benchmarks.in_squeeze_runs import BATCH, HEAD, RATES, SEEDS, SOURCE, STEPS, WARMUP, Results, best_rate
-from benchmarks.machine import describe, table
+from benchmarks.machine import table
 from reproductions.small import findings
 from reproductions.small.claims import claims, correlation
 from reproductions.small.experiments import BELOW, POLICIES, RANKS, SIZES, SMALL_SIZES, planned, sized
@@ -14,6 +14,7 @@ from reproductions.small.measuring import CALIBRATED_ON, GRADIENTS, OUTPUTS
 from reproductions.small.tasks import TASKS
 from reproductions.small.wording import count, judged, nats, percent, points
 
+TUNED = ", ".join(map(str, RATES))
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -48,9 +49,11 @@ def _setting(runs: Results, done: Done) -> str:
     tried = "; ".join(f"{', '.join(f'{rate:g}' for rate in some)} at rank {rank}" for rank, some in RATES.items())
     missing = Counter(one.seed for one in planned(runs) if one not in done)
     left = "; ".join(f"{number} of seed {seed}" for seed, number in sorted(missing.items()))
+    machines = "; ".join(sorted({one["machine"] for one in done.values()}))
     parts = [
         "## Setting",
-        f"{describe()}. {STEPS} steps of {BATCH} texts, AdamW, {WARMUP} steps of warm-up and then a constant rate "
+        f"Measured on {machines}." if machines else "",
+        f"{STEPS} steps of {BATCH} texts, AdamW, {WARMUP} steps of warm-up and then a constant rate "
         f"({HEAD:g} for the new head), all linear layers adapted, alpha = rank, seeds "
         f"{', '.join(map(str, SEEDS))}. Learning rates tried: {tried}; best on TREC-50's validation split with seed 0, "
         f"and used: {rates}.",
@@ -93,7 +96,10 @@ def _gains(runs: Results, done: Done) -> str:
         "own rate.",
         "![Post-Squeeze minus direct training, by source and target rank](gains.png)",
         f"Pairs of ranks: {count(found.values())}. Best: {best[0]} → {best[1]}, {points(found[best])} "
-        f"points; worst: {worst[0]} → {worst[1]}, {points(found[worst])}.",
+        f"points; worst: {worst[0]} → {worst[1]}, {points(found[worst])}. Of so many, one in twenty counts by chance.",
+        f"Rates were tuned at ranks {TUNED} alone. Into those: "
+        f"{count(findings.tuned(found).values())}. Another rank takes a neighbour's rate, and a gain over it may be "
+        "that rate's.",
     ]
     return "\n\n".join(parts)
 
@@ -204,8 +210,8 @@ def _para(runs: Results, done: Done) -> str:
     parts = [
         "## PARA at 50, 25 and 10 % of the parameters",
         f"TREC-50, from rank {SOURCE}; every policy's value is the largest that stays within the budget, so PARA's two "
-        "budgets, by rank and by energy, are one threshold and agree. A layer of rank 0 is left out of the adapter and "
-        "costs nothing: *left out* is the mean number of such layers.",
+        "budgets, by rank and by energy, are one threshold and agree; `fixed` has whole ranks only. A layer of rank 0 "
+        "is left out of the adapter and costs nothing: *left out* is the mean number of such layers.",
         table(header, rows),
         "![Accuracy and loss by parameters and policy](para.png)",
     ]

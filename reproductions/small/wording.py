@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+from benchmarks.in_squeeze_runs import SEEDS
 from reproductions.small.findings import Mean
 
 __all__ = ["count", "judged", "nats", "percent", "points"]
@@ -39,4 +40,7 @@ def count(found: Collection[Mean], *, better: int = 1) -> str:
 
 
 def _error(one: Mean, factor: float, digits: int) -> str:
-    return f" ± {factor * one.error:.{digits}f}" if len(one.values) > 1 else " (1 seed)"
+    seeds = len(one.values)
+    if seeds == 1:
+        return " (1 seed)"
+    return f" ± {factor * one.error:.{digits}f}" + (f" ({seeds} seeds)" if seeds < len(SEEDS) else "")
