@@ -138,12 +138,12 @@ def section(case: Case, ranks: Sequence[int]) -> str:
 def rows_for(subject: Subject, examples: Sequence[Example]) -> list[Row]:
     """Each example with its right answer, in the words of the demo that trained the adapter."""
     prompt = "Question: {text} Type:"
-    return learnt_rows(examples, subject.tokenizer, task=subject.task, labels=subject.labels, prompt=prompt)
+    return learnt_rows(examples, subject.reader, task=subject.task, labels=subject.labels, prompt=prompt)
 
 
 def gather(subject: Subject, examples: Sequence[Example], *, gradients: bool) -> Moments:
     rows = rows_for(subject, examples)
-    batches = batches_of(rows, subject.tokenizer, batch_size=32)
+    batches = batches_of(rows, subject.reader, batch_size=32)
     seen = Seen("", digest_of(examples), len(examples))
     return calibrate(subject.model, batches, seen=seen, gradients=gradients)
 

@@ -3,12 +3,14 @@
 A prompt is followed by its completion: where the tokens of the whole text begin with those of the
 prompt, they are used; where the boundary falls inside a token, prompt and completion are encoded
 apart, which is what the model will see when it completes the prompt.
+
+An image is a single token here; `lora_squeeze.collating` shows it to the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_squeeze.data import (
@@ -20,23 +22,36 @@ from lora_squeeze.data import (
     Example,
     Labelled,
     Message,
+    Picture,
     Prompt,
     Text,
+    images_of,
 )
+from lora_squeeze.data.examples import with_places
+from lora_squeeze.data.messages import PLACE
 from lora_squeeze.errors import DataError, ModelError
-from lora_squeeze.extras import require
+from lora_squeeze.seeing import Seeing
 
-__all__ = ["IGNORED", "Encoded", "collate", "encode", "encode_class", "pieces_of", "prompt_text"]
+__all__ = ["IGNORED", "Encoded", "encode", "encode_class", "pieces_of", "prompt_text"]
 
 IGNORED = -100  # the label of a token that does not count in the loss
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and, of the same length, labels: the id again where the token is to be learnt, else IGNORED."""
+    """Token ids and, of the same length, labels: the id again where the token is to be learnt, else IGNORED.
+
+    images
+        that the model is shown. Each is a single mark among the token ids.
+    head
+        the text up to where the last image has been read, with its marks; it is the first `head_size` of the ids.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    images: tuple[Picture, ...] = ()
+    head: str = ""
+    head_size: int = 0
 
     @property
     def learnt(self) -> int:
@@ -44,26 +59,30 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels)
 
 
-def encode(example: Example, tokenizer: Any, *, max_length: int = 0, completion_only: bool = True) -> Encoded:
+def encode(example: Example, reader: Any, *, max_length: int = 0, completion_only: bool = True) -> Encoded:
     """Encode an example for a causal language model.
 
+    reader
+        the tokenizer, or `lora_squeeze.seeing.Seeing`.
     max_length
-        in tokens; what is longer loses its end. 0: no limit.
+        in tokens, an image counting as one; what is longer loses its end. 0: no limit.
     completion_only
         whether prompts are left out of the loss.
 
-    Raises DataError for an example that is not a text to learn (a class, a preference).
+    Raises DataError for an example that is not a text to learn (a class, a preference), ModelError for images that
+    a tokenizer alone cannot show.
     """
-    pieces = pieces_of(example, tokenizer)
-    ids, counts = _encode_pieces(pieces, tokenizer)
+    pieces = pieces_of(example, reader)
+    tokenizer = reader.tokenizer if isinstance(reader, Seeing) else reader
+    ids, counts, ends = _encode_pieces(pieces, tokenizer)
     end = tokenizer.eos_token_id
     if _conversation(example) is None and end is not None and ids[-1:] != [end]:  # a template sets its own end
         ids, counts = [*ids, end], [*counts, True]
-    if max_length:
-        ids, counts = ids[:max_length], counts[:max_length]
     everything = not completion_only
     labels = [one if counted or everything else IGNORED for one, counted in zip(ids, counts, strict=True)]
-    return Encoded(tuple(ids), tuple(labels))
+    if isinstance(reader, Seeing) and (images := images_of(example)):
+        return _with_images(Encoded(tuple(ids), tuple(labels), images), pieces, ends, reader, max_length)
+    return Encoded(tuple(ids[: max_length or None]), tuple(labels[: max_length or None]))
 
 
 def encode_class(example: Labelled, tokenizer: Any, labels: Sequence[str], *, max_length: int = 0) -> dict[str, Any]:
@@ -77,20 +96,33 @@ def encode_class(example: Labelled, tokenizer: Any, labels: Sequence[str], *, ma
     return {**encoded, "labels": labels.index(example.label)}
 
 
-def prompt_text(prompt: Prompt, tokenizer: Any) -> str:
+def prompt_text(prompt: Prompt, reader: Any) -> str:
     """A prompt as the model reads it: a text as it is, messages through the chat template."""
-    return prompt if isinstance(prompt, str) else _render(prompt, tokenizer, reply=True)
+    return prompt if isinstance(prompt, str) else _render(prompt, reader, reply=True)
 
 
-def pieces_of(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The text of an example in pieces, and for each piece whether it is to be learnt."""
+def pieces_of(example: Example, reader: Any) -> list[tuple[str, bool]]:
+    """The text of an example in pieces, with marks for its images, and for each piece whether it is to be learnt."""
+    images = images_of(example)
+    if not images:
+        return _pieces(example, reader)
+    if not isinstance(reader, Seeing):
+        raise ModelError(f"image '{images[0].name}': the model reads only texts; columns image = '' ignores images")
+    try:
+        example = with_places(example)
+    except ValueError as error:
+        raise DataError(f"image '{images[0].name}': {error}") from error
+    return [(text.replace(PLACE, reader.mark), learnt) for text, learnt in _pieces(example, reader)]
+
+
+def _pieces(example: Example, reader: Any) -> list[tuple[str, bool]]:
     if messages := _conversation(example):
-        return _chat_pieces(messages, tokenizer)
+        return _chat_pieces(messages, reader)
     match example:
         case Text(text):
             return [(text, True)]
         case Completion(prompt, completion) | Answered(prompt, completion):
-            return [(prompt_text(prompt, tokenizer), False), (completion, True)]
+            return [(prompt_text(prompt, reader), False), (completion, True)]
         case Choice(question, choices, answer):
             return [(f"{question}\nAnswer:", False), (f" {choices[answer]}", True)]
         case _:
@@ -98,22 +130,6 @@ def pieces_of(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
             raise DataError(
                 f"data of the kind '{kind}' hold no text to learn to write; give texts, completions or chats"
             )
-
-
-def collate(encoded: Iterable[Encoded], *, pad_token_id: int) -> dict[str, Any]:
-    """A batch, padded on the right: input_ids, attention_mask and labels, each (examples, longest)."""
-    torch = require("torch", "train")
-    rows = list(encoded)
-    longest = max(len(row.input_ids) for row in rows)
-
-    def padded(values: Iterable[Sequence[int]], filler: int) -> Any:
-        return torch.tensor([[*one, *[filler] * (longest - len(one))] for one in values])
-
-    return {
-        "input_ids": padded((row.input_ids for row in rows), pad_token_id),
-        "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
-        "labels": padded((row.labels for row in rows), IGNORED),
-    }
 
 
 def _conversation(example: Example) -> tuple[Message, ...] | None:
@@ -126,12 +142,30 @@ def _conversation(example: Example) -> tuple[Message, ...] | None:
             return None
 
 
-def _encode_pieces(pieces: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Ids of the whole text and whether each counts; special tokens at its start belong to the first piece."""
+def _with_images(
+    encoded: Encoded, pieces: Sequence[tuple[str, bool]], ends: Sequence[int], seeing: Seeing, max_length: int
+) -> Encoded:
+    """Where the last image has been read; an example that is cut off before that has nothing left to learn."""
+    last = max(number for number, (text, _) in enumerate(pieces) if seeing.token in text)
+    head, size = "".join(text for text, _ in pieces[: last + 1]), ends[last]
+    bos = seeing.tokenizer.bos_token
+    if bos and encoded.input_ids[0] == seeing.tokenizer.bos_token_id and not head.startswith(bos):
+        head = bos + head
+    ids, labels = encoded.input_ids, encoded.labels
+    if max_length and max_length <= size:
+        labels = (IGNORED,) * len(ids)
+    elif max_length:
+        ids, labels = ids[:max_length], labels[:max_length]
+    return replace(encoded, input_ids=ids, labels=labels, head=head, head_size=size)
+
+
+def _encode_pieces(pieces: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[bool], list[int]]:
+    """Ids of the whole text, whether each counts, and where pieces end; special tokens at the start are the first's."""
     templated = _begins_with_special(pieces[0][0], tokenizer)
     whole = _ids("".join(text for text, _ in pieces), tokenizer, special=not templated)
     ids: list[int] = []
     counts: list[bool] = []
+    ends: list[int] = []
     so_far = ""
     for number, (text, learnt) in enumerate(pieces, start=1):
         so_far += text
@@ -143,7 +177,8 @@ def _encode_pieces(pieces: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[
             whole = [*upto, *_ids(rest, tokenizer, special=False)] if rest else upto
         counts += [learnt] * (len(upto) - len(ids))
         ids = upto
-    return ids, counts
+        ends.append(len(ids))
+    return ids, counts, ends
 
 
 def _ids(text: str, tokenizer: Any, *, special: bool) -> list[int]:
@@ -165,22 +200,24 @@ def _begins_with_special(text: str, tokenizer: Any) -> bool:
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
-def _render(messages: Sequence[Message], tokenizer: Any, *, reply: bool) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+def _render(messages: Sequence[Message], reader: Any, *, reply: bool) -> str:
+    sees = isinstance(reader, Seeing)
+    turns = [{"role": one.role, "content": reader.content(one) if sees else one.content} for one in messages]
+    template = reader.processor if sees and reader.takes_parts else reader.tokenizer if sees else reader
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply)
+        return template.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply)
     except Exception as error:  # what a template raises is up to its author
         raise ModelError(f"the model's chat template does not take this conversation: {error}") from error
 
 
-def _chat_pieces(messages: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
+def _chat_pieces(messages: Sequence[Message], reader: Any) -> list[tuple[str, bool]]:
     """Alternately what is read and what the assistant says; what follows its last word is left out.
 
     A template may show earlier turns differently once others have followed; then only the last
     turn of the assistant is learnt, after the conversation as the model will see it.
     """
     said = [place for place, message in enumerate(messages) if message.role == "assistant"]
-    pieces = _turns(messages, said, tokenizer) or _turns(messages, said[-1:], tokenizer)
+    pieces = _turns(messages, said, reader) or _turns(messages, said[-1:], reader)
     if pieces is None:
         raise ModelError(
             "the model's chat template does not begin a reply as it asks for one; give completions instead"
@@ -188,13 +225,13 @@ def _chat_pieces(messages: Sequence[Message], tokenizer: Any) -> list[tuple[str,
     return pieces
 
 
-def _turns(messages: Sequence[Message], said: Sequence[int], tokenizer: Any) -> list[tuple[str, bool]] | None:
-    whole = _render(messages[: said[-1] + 1], tokenizer, reply=False)
+def _turns(messages: Sequence[Message], said: Sequence[int], reader: Any) -> list[tuple[str, bool]] | None:
+    whole = _render(messages[: said[-1] + 1], reader, reply=False)
     pieces: list[tuple[str, bool]] = []
     so_far = ""
     for place in said:
-        asked = _render(messages[:place], tokenizer, reply=True) if place else ""
-        answered = _render(messages[: place + 1], tokenizer, reply=False)
+        asked = _render(messages[:place], reader, reply=True) if place else ""
+        answered = _render(messages[: place + 1], reader, reply=False)
         if not (asked.startswith(so_far) and answered.startswith(asked) and whole.startswith(answered)):
             return None
         pieces += [(asked[len(so_far) :], False), (answered[len(asked) :], True)]

@@ -4,6 +4,8 @@
     model = attach_lora(load_model("models/base"), rank=64)
     model = attach_adapter(load_model("models/base"), "my-adapter")
 
+    seeing = load_seeing("models/that-sees")
+
 A base model is a folder, the name of a model on the Hub, or a .gguf file, whose weights are then
 dequantised.
 """
@@ -18,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from lora_squeeze.errors import AdapterError, ModelError
 from lora_squeeze.extras import require
+from lora_squeeze.seeing import Seeing, seeing_of
 
 __all__ = [
     "DTYPES",
@@ -31,12 +34,13 @@ __all__ = [
     "device_of",
     "labels_of_adapter",
     "load_model",
+    "load_seeing",
     "load_tokenizer",
     "task_of",
     "write_labels",
 ]
 
-Task = Literal["causal-lm", "sequence-classification"]
+Task = Literal["causal-lm", "image-text-to-text", "sequence-classification"]
 TASKS: tuple[str, ...] = get_args(Task)
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -52,7 +56,11 @@ PLAIN_TEMPLATE = (
 
 _CONFIG = "adapter_config.json"
 _PLAIN_NAME = re.compile(r"[\w.-]+")
-_CLASSES = {"causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification"}
+_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
 _PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
@@ -87,6 +95,25 @@ def load_tokenizer(source: str, *, revision: str = "") -> Any:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
+
+
+def load_seeing(source: str, *, revision: str = "") -> Seeing:
+    """The processor of a base model that sees, with a tokenizer as `load_tokenizer` gives it. Raises ModelError."""
+    transformers = require("transformers", "train")
+    require("PIL.Image", "vision")
+    where, options = _where(source, revision)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(where, **options)
+    except Exception as error:  # OSError, ValueError, KeyError, network errors: whatever was in the files
+        raise ModelError(f"{source}: there are images in the data; {_reads_only_text(error)}") from error
+    if not isinstance(processor, transformers.ProcessorMixin):
+        raise ModelError(f"{source}: there are images in the data; {_reads_only_text()}")
+    tokenizer = load_tokenizer(source, revision=revision)
+    vars(processor)["tokenizer"] = tokenizer
+    try:
+        return seeing_of(processor, tokenizer)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
 
 
 def load_model(
@@ -147,16 +174,20 @@ def attach_lora(
         0: twice the rank.
     target_modules
         names, or ends of names, of modules, or regular expressions for them; none: every linear layer but the head.
+        Of a model that sees, names mean its text part alone; a regular expression reaches the rest, too.
 
     Raises ModelError if nothing in the model has these names.
     """
     peft = require("peft", "train")
+    by_name = all(map(_PLAIN_NAME.fullmatch, target_modules))
+    text_part = _text_part(model)
     config = peft.LoraConfig(
         task_type=_PEFT_TASKS[task_of(model)],
         r=rank,
         lora_alpha=alpha or 2 * rank,
         lora_dropout=dropout,
-        target_modules=_targets(target_modules),
+        target_modules=_targets(target_modules or _linear_names(model, text_part)),
+        exclude_modules=rf"(?!{re.escape(text_part)}\.).*" if text_part and by_name else None,
         modules_to_save=list(modules_to_save) or None,
         use_rslora=rslora,
         use_dora=dora,
@@ -178,6 +209,21 @@ def _targets(names: Sequence[str]) -> list[str] | str:
             raise ModelError(f"target_modules: '{name}' is neither a name nor a regular expression: {error}") from error
     ends = "|".join(re.escape(name) if _PLAIN_NAME.fullmatch(name) else name for name in names)
     return rf"(?:.*\.)?(?:{ends})"
+
+
+def _text_part(model: Any) -> str:
+    """The name of what is neither vision tower nor projector, in a model that sees; "" in others."""
+    if getattr(model.config, "vision_config", None) is None:
+        return ""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def _linear_names(model: Any, part: str) -> list[str]:
+    """The last names of the linear layers in a part of a model; none for "", where PEFT knows which is the head."""
+    torch = require("torch", "train")
+    layers = model.get_submodule(part).named_modules() if part else ()
+    return sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear)})
 
 
 def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str = "default") -> Any:
@@ -252,6 +298,11 @@ def _forget_quantisation(model: Any) -> None:
     vars(model.config).pop("quantization_config", None)
     for name in ("is_quantized", "hf_quantizer", "quantization_method"):
         vars(model).pop(name, None)
+
+
+def _reads_only_text(error: Exception | None = None) -> str:
+    reason = f"it has no processor for them ({_reason(error)})" if error else "it reads only texts"
+    return f"{reason}; [data] columns = {{ image = '' }}, or --columns image=, ignores them"
 
 
 def _reason(error: Exception) -> str:

@@ -15,6 +15,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,9 +29,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(*, template: str | None = None) -> PreTrainedTokenizerFast:
-    """Every printable ASCII character is a token."""
-    special = ["<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
+IMAGE_TOKENS = {"boi_token": "<image_starts>", "image_token": "<image_is>", "eoi_token": "<image_ends>"}
+
+
+def tiny_tokenizer(*, template: str | None = None, **more: str) -> PreTrainedTokenizerFast:
+    """Every printable ASCII character is a token; `more` are special ones by the names of their attributes."""
+    special = ["<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", *more.values()]
     characters = [*string.ascii_letters, *string.digits, *string.punctuation, " ", "\n"]
     vocabulary = {token: number for number, token in enumerate([*special, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -37,7 +42,12 @@ def tiny_tokenizer(*, template: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer.decoder = Fuse()
     tokenizer.add_special_tokens(special)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=512,
+        extra_special_tokens=more,
     )
     fast.chat_template = template
     return fast
@@ -68,9 +78,13 @@ def save_tiny_llama(folder: Path, *, template: str | None = None, **sizes: Any) 
     return folder
 
 
-def save_tiny_gemma(folder: Path, *, sees: bool = False) -> Path:
-    """A Gemma 3 of two layers and its tokenizer: text alone as the 1B, or with a vision tower as the larger ones."""
-    tokenizer = tiny_tokenizer()
+def save_tiny_gemma(folder: Path, *, sees: bool = False, template: str | None = None) -> Path:
+    """A Gemma 3 of two layers and its tokenizer: text alone as the 1B, or with vision tower and processor as the larger.
+
+    template
+        of chats, in the processor.
+    """
+    tokenizer = tiny_tokenizer(**IMAGE_TOKENS if sees else {})
     torch.manual_seed(0)
     text = Gemma3TextConfig(
         vocab_size=len(tokenizer),
@@ -91,13 +105,20 @@ def save_tiny_gemma(folder: Path, *, sees: bool = False) -> Path:
     if sees:
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         pictures = {"vision_config": {**vision, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}
-        marks = {"image_token_index": 2, "boi_token_index": 3, "eoi_token_index": 4}
-        Gemma3ForConditionalGeneration(
+        marks = {f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in IMAGE_TOKENS.items()}
+        model = Gemma3ForConditionalGeneration(
             Gemma3Config(text_config=text, pad_token_id=tokenizer.pad_token_id, **pictures, **marks)
+        )
+        projection = next(one for name, one in model.named_parameters() if name.endswith("input_projection_weight"))
+        torch.nn.init.normal_(projection)  # zeros as it is made: no image would come through
+        model.save_pretrained(folder)
+        eye = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+        Gemma3Processor(
+            image_processor=eye, tokenizer=tokenizer, image_seq_length=4, chat_template=template
         ).save_pretrained(folder)
     else:
         Gemma3ForCausalLM(text).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folder
 
 

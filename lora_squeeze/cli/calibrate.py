@@ -81,7 +81,7 @@ def _calibrated(path: str, options: DataOptions, *, gradients: bool, shard: tupl
     subject = opened(options, (path,), everything)
     rows = learnt_rows(
         examples,
-        subject.tokenizer,
+        subject.reader,
         task=subject.task,
         labels=subject.labels,
         prompt=options.prompt,
@@ -91,7 +91,7 @@ def _calibrated(path: str, options: DataOptions, *, gradients: bool, shard: tupl
     with progress_of("Calibrating", len(rows)) as advance:
         return calibrate(
             subject.model,
-            batches_of(rows, subject.tokenizer, batch_size=options.batch_size, device=subject.device, on_batch=advance),
+            batches_of(rows, subject.reader, batch_size=options.batch_size, device=subject.device, on_batch=advance),
             seen=Seen(source, digest_of(examples), len(examples)),
             gradients=gradients,
             adapter_sha256=subject.adapters["default"].sha256(),

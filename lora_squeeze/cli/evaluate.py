@@ -27,6 +27,11 @@ __all__ = ["evaluate_command"]
     "--policy", "policies", multiple=True, metavar="NAME=VALUE", help="Also the first adapter so squeezed.  Repeatable."
 )
 @click.option("--without-adapter", "with_base", is_flag=True, help="Also the base model alone.")
+@click.option(
+    "--ablate-images",
+    is_flag=True,
+    help="Measure again with a plain grey image for each: what is still right was not seen.",
+)
 @click.option("--task", "tasks", multiple=True, help="A task of lm-eval by name, instead of --data.  Repeatable.")
 @click.option("--include", multiple=True, metavar="FOLDER", help="With YAML files of your own lm-eval tasks.")
 @click.option("--few-shot", type=click.IntRange(min=0), help="Examples in a task's prompt.  [default: as it says]")
@@ -41,6 +46,7 @@ def evaluate_command(
     ranks: tuple[int, ...],
     policies: tuple[str, ...],
     with_base: bool,
+    ablate_images: bool,
     tasks: tuple[str, ...],
     include: tuple[str, ...],
     few_shot: int | None,
@@ -55,6 +61,7 @@ def evaluate_command(
     The base model is loaded once; adapters, and lower ranks of the first, are swapped in place.
     Differences come with bootstrap intervals, and those of noise are called noise.
     """
+    from lora_squeeze.data import images_of, without_sight
     from lora_squeeze.measurements import evaluations_to_json
     from lora_squeeze.report.quality import evaluation_table
 
@@ -63,6 +70,8 @@ def evaluate_command(
     if calibration is not None and not (ranks or policies):
         raise click.UsageError("--calibration is for the --ranks or --policy that shall be tried")
     examples = read(data_options) if data_options.data else ()
+    if ablate_images and not any(map(images_of, examples)):
+        raise click.UsageError("--ablate-images is for data with images, and there are none")
     subject = opened(data_options, adapters, examples)
     contestants = _contestants(subject, (*(f"fixed={rank}" for rank in ranks), *policies), calibration, with_base)
     if tasks:
@@ -70,20 +79,26 @@ def evaluate_command(
     else:
         from lora_squeeze.evaluation.measure import evaluate
 
-        trial = trial_for(subject, data_options, examples)
-        with progress_of("Evaluating", trial.steps) as advance:
-            found = [
-                evaluate(
-                    subject,
-                    contestants,
-                    trial,
-                    data=", ".join(data_options.data),
-                    metrics=metrics,
-                    draws=draws,
-                    seed=seed,
-                    on_batch=advance,
+        source = ", ".join(data_options.data)
+        variants = {source: examples}
+        if ablate_images:
+            variants[f"{source}, every image grey"] = tuple(map(without_sight, examples))
+        found: list[Evaluation] = []
+        for data, one in variants.items():
+            trial = trial_for(subject, data_options, one)
+            with progress_of("Evaluating", trial.steps) as advance:
+                found.append(
+                    evaluate(
+                        subject,
+                        contestants,
+                        trial,
+                        data=data,
+                        metrics=metrics,
+                        draws=draws,
+                        seed=seed,
+                        on_batch=advance,
+                    )
                 )
-            ]
     if as_json:
         click.echo(evaluations_to_json(found))
         return

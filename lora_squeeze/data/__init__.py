@@ -26,7 +26,10 @@ from lora_squeeze.data.examples import (
     Row,
     Text,
     example_of,
+    images_of,
+    without_sight,
 )
+from lora_squeeze.data.images import Picture, opened, picture_of
 from lora_squeeze.data.sources import read_rows
 from lora_squeeze.errors import DataError
 
@@ -40,15 +43,20 @@ __all__ = [
     "Example",
     "Labelled",
     "Message",
+    "Picture",
     "Preference",
     "Prompt",
     "Row",
     "Text",
     "example_of",
+    "images_of",
     "labels_of",
+    "opened",
+    "picture_of",
     "read_examples",
     "read_rows",
     "split",
+    "without_sight",
 ]
 
 One = TypeVar("One", bound=Example)
@@ -82,7 +90,7 @@ def read_examples(
 
 
 def split(examples: Sequence[One], *, held_out: float, seed: int = 0) -> tuple[tuple[One, ...], tuple[One, ...]]:
-    """Split into training and held-out examples, each shuffled; equal examples stay on one side.
+    """Split into training and held-out examples, each shuffled; equal ones, and those of one image, stay on one side.
 
     Labelled examples are split class by class, so that no class is missing from training. A class
     of one example is only trained on; of any other, at least one is held out. Raises DataError for
@@ -93,7 +101,7 @@ def split(examples: Sequence[One], *, held_out: float, seed: int = 0) -> tuple[t
     generator = random.Random(seed)
     unique: defaultdict[str, list[One]] = defaultdict(list)
     for example in examples:
-        unique[repr(example)].append(example)
+        unique[repr(images_of(example) or example)].append(example)
     by_class: defaultdict[str, list[list[One]]] = defaultdict(list)
     for equal in unique.values():
         by_class[equal[0].label if isinstance(equal[0], Labelled) else ""].append(equal)

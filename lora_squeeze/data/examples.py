@@ -7,17 +7,24 @@
     question or context, choices, answer            Choice
     prompt, chosen, rejected                        Preference
     prompt or question, answer                      Answered
+    any but chosen, rejected, with image or images  the same, with what is seen (see `lora_squeeze.data.images`)
 
 Other keys are ignored; other names for these are translated with `columns`.
+
+An image stands where the text says so: as a part {"type": "image"} of a message, or as the character
+U+FFFC. Where it does not, images come first: before a prompt, a question, a text, or what the user says first.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from lora_squeeze.data.images import Picture, pictures_of
+from lora_squeeze.data.messages import Message, Prompt, flattened, placed
 from lora_squeeze.errors import DataError
 
 __all__ = [
@@ -34,26 +41,23 @@ __all__ = [
     "Row",
     "Text",
     "example_of",
+    "images_of",
+    "with_places",
+    "without_sight",
 ]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a source holds at one place; `place` is a file and a line, or what comes nearest."""
+    """What a source holds at one place; `place` is a file and a line, or what comes nearest.
+
+    folder
+        where the file is: paths of images start there.
+    """
 
     place: str
     fields: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; `role` is system, user, assistant or tool."""
-
-    role: str
-    content: str
-
-
-Prompt: TypeAlias = str | tuple[Message, ...]
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Text:
     """A text to be continued: every token counts."""
 
     text: str
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Completion:
 
     prompt: Prompt
     completion: str
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Chat:
     """A conversation; what the assistant says counts."""
 
     messages: tuple[Message, ...]
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Labelled:
 
     text: str
     label: str
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class Choice:
     question: str
     choices: tuple[str, ...]
     answer: int
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Answered:
     prompt: Prompt
     answer: str
     fields: Mapping[str, Any]
+    images: tuple[Picture, ...] = ()
 
 
 Example: TypeAlias = Text | Completion | Chat | Labelled | Choice | Preference | Answered
@@ -120,7 +130,8 @@ def example_of(row: Row, columns: Mapping[str, str] | None = None) -> Example:
     """Turn a row into the example that its keys say it is.
 
     columns
-        our key → the row's, as {"text": "sentence"}; for choices several, as "ending0, ending1".
+        our key → the row's, as {"text": "sentence"}; for choices several, as "ending0, ending1"; "": the row
+        shall be read without it.
 
     Raises DataError, with the row's place, if the keys fit nothing or a value is of the wrong type.
     """
@@ -128,8 +139,9 @@ def example_of(row: Row, columns: Mapping[str, str] | None = None) -> Example:
     for kind, (keys, build) in _KINDS.items():
         if all(any(one in fields for one in key.split("|")) for key in keys):
             try:
-                return build(fields)
-            except _BadValue as error:
+                flat, brought = flattened(fields, row.folder)
+                return _with_images(build(flat), brought, pictures_of(fields, row.folder))
+            except ValueError as error:
                 raise DataError(f"{row.place}: {error} (read as {kind}: {', '.join(keys)})") from None
     raise DataError(
         f"{row.place}: has the keys {', '.join(map(str, row.fields)) or 'of nothing'}; known are "
@@ -138,13 +150,54 @@ def example_of(row: Row, columns: Mapping[str, str] | None = None) -> Example:
     )
 
 
+def images_of(example: Example) -> tuple[Picture, ...]:
+    """The images of an example; a preference has none."""
+    return () if isinstance(example, Preference) else example.images
+
+
+def with_places(example: Example) -> Example:
+    """The example with a place in its text for each of its images (see `lora_squeeze.data.messages.placed`)."""
+    match example:
+        case Text(text, images) | Labelled(text, _, images) if images:
+            return replace(example, text=placed(text, images))
+        case Choice(question, _, _, images) if images:
+            return replace(example, question=placed(question, images))
+        case Completion(prompt, _, images) | Answered(prompt, _, _, images) if images:
+            return replace(example, prompt=placed(prompt, images))
+        case Chat(messages, images) if images:
+            return replace(example, messages=placed(messages, images))
+        case _:
+            return example
+
+
+def without_sight(example: Example) -> Example:
+    """The example with grey images of the same sizes: what is still answered rightly was never seen."""
+    if isinstance(example, Preference):
+        return example
+    return replace(example, images=tuple(replace(one, blank=True) for one in example.images))
+
+
 class _BadValue(ValueError):
     pass
+
+
+def _with_images(example: Example, brought: tuple[Picture, ...], beside: tuple[Picture, ...]) -> Example:
+    """With the images of its messages, or of the row's columns."""
+    if not brought and not beside:
+        return example
+    if isinstance(example, Preference):
+        raise _BadValue("there is no method for preferences about images; columns image = '' reads the texts alone")
+    if brought and beside:
+        raise _BadValue("has images in its messages and in a column; give one of them")
+    return with_places(replace(example, images=brought or beside))
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     fields = dict(row.fields)
     for ours, theirs in columns.items():
+        if not theirs:
+            fields.pop(ours, None)
+            continue
         names = [name.strip() for name in theirs.split(",")]
         if missing := [name for name in names if name not in row.fields]:
             known = ", ".join(map(str, row.fields))

@@ -12,15 +12,19 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from glob import glob, has_magic
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from lora_squeeze.data.builtin import builtin_rows
 from lora_squeeze.data.examples import Row
+from lora_squeeze.data.images import Picture
 from lora_squeeze.errors import DataError, LoraSqueezeError
 from lora_squeeze.extras import require
 
@@ -71,7 +75,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if suffix not in _READERS:
         raise DataError(f"{path}: a file of data ends in {', '.join(_READERS)} (not '{path.suffix}')")
     try:
-        yield from _READERS[suffix](path)
+        for row in _READERS[suffix](path):
+            yield replace(row, folder=path.parent)
     except LoraSqueezeError:
         raise
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -183,11 +188,26 @@ def _hub_rows(source: str) -> Iterator[Row]:
 
 
 def _dataset_rows(dataset: Any, name: str) -> Iterator[Row]:
-    """Class labels are given by name, as in files."""
+    """Class labels are given by name, as in files; images stay in the data set until they are opened."""
     classes = {key: one.int2str for key, one in dataset.features.items() if hasattr(one, "int2str")}
-    for number, fields in enumerate(dataset, start=1):
+    pictures = [key for key, one in dataset.features.items() if type(one).__name__ == "Image"]
+    for key in pictures:
+        dataset = dataset.cast_column(key, require("datasets", "train").Image(decode=False))
+    for number, fields in enumerate(dataset):
         named = {key: classes[key](fields[key]) for key in classes if fields[key] is not None and fields[key] >= 0}
-        yield Row(f"{name}, row {number}", {**fields, **named})
+        seen = {key: _kept_there(dataset, number, key, fields[key]) for key in pictures if fields[key] is not None}
+        yield Row(f"{name}, row {number + 1}", {**fields, **named, **seen})
+
+
+def _kept_there(dataset: Any, number: int, key: str, found: Mapping[str, Any]) -> Any:
+    """An image of a data set, which a list of examples would otherwise keep in memory."""
+    if found.get("bytes") is None:
+        return found
+    return Picture(sha256(found["bytes"]).hexdigest(), partial(_cell, dataset, number, key))
+
+
+def _cell(dataset: Any, number: int, key: str) -> bytes:
+    return dataset[number][key]["bytes"]
 
 
 def _row(place: str, fields: Any) -> Row:

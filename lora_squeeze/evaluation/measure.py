@@ -45,7 +45,7 @@ def trial_of(
     """Encode examples. Raises DataError for what does not fit the model or cannot be encoded."""
     kind = kind_of(examples, subject.task)
     rows = rows_of(
-        examples, subject.tokenizer, task=subject.task, labels=subject.labels, prompt=prompt, max_length=max_length
+        examples, subject.reader, task=subject.task, labels=subject.labels, prompt=prompt, max_length=max_length
     )
     questions = None if kind == "texts" else questions_of(examples, subject.labels)
     return Trial(kind, len(examples), tuple(rows), questions, batch_size)
@@ -60,7 +60,7 @@ def run(
 ) -> list[Scores]:
     """What contestants score on every example; the first is the original."""
     batches = batches_of(
-        trial.rows, subject.tokenizer, batch_size=trial.batch_size, device=subject.device, on_batch=on_batch
+        trial.rows, subject.reader, batch_size=trial.batch_size, device=subject.device, on_batch=on_batch
     )
     return score(subject, contestants, batches, kind=trial.kind, count=trial.count, questions=trial.questions)
 

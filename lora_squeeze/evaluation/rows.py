@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from lora_squeeze.data import Choice, Completion, Example, Labelled
-from lora_squeeze.encoding import IGNORED, Encoded, collate, encode, encode_class
+from lora_squeeze.collating import collate
+from lora_squeeze.data import Choice, Completion, Example, Labelled, images_of
+from lora_squeeze.encoding import IGNORED, Encoded, encode, encode_class
 from lora_squeeze.errors import DataError
 from lora_squeeze.models import Task
+from lora_squeeze.seeing import Seeing
 
 __all__ = ["PROMPT", "Batch", "Kind", "Row", "batches_of", "digest_of", "kind_of", "learnt_rows", "rows_of"]
 
@@ -63,13 +65,15 @@ def kind_of(examples: Sequence[Example], task: Task) -> Kind:
     if task == "sequence-classification":
         if not isinstance(first, Labelled):
             raise DataError("the model classifies texts: data of texts with their labels are needed")
+        if any(map(images_of, examples)):
+            raise DataError("the model classifies texts and sees no images; --columns image= ignores them")
         return "classes"
     return "choices" if isinstance(first, (Choice, Labelled)) else "texts"
 
 
 def rows_of(
     examples: Sequence[Example],
-    tokenizer: Any,
+    reader: Any,
     *,
     task: Task,
     labels: Sequence[str] = (),
@@ -78,6 +82,8 @@ def rows_of(
 ) -> list[Row]:
     """Every row that measuring these examples takes; questions have one for each answer.
 
+    reader
+        the tokenizer, or `lora_squeeze.seeing.Seeing`.
     labels
         the classes, of a classifier or as the answers of a language model.
     prompt
@@ -89,21 +95,21 @@ def rows_of(
     for place, example in enumerate(examples):
         if task == "sequence-classification":
             assert isinstance(example, Labelled)
-            rows.append(Row(place, 0, encode_class(example, tokenizer, labels, max_length=max_length)))
+            rows.append(Row(place, 0, encode_class(example, reader, labels, max_length=max_length)))
         elif isinstance(example, (Choice, Labelled)):
             answers = example.choices if isinstance(example, Choice) else labels
             rows += [
-                Row(place, number, _answer(example, answer, tokenizer, prompt, max_length), len(answer))
+                Row(place, number, _answer(example, answer, reader, prompt, max_length), len(answer))
                 for number, answer in enumerate(answers)
             ]
         else:
-            rows.append(Row(place, 0, encode(example, tokenizer, max_length=max_length)))
+            rows.append(Row(place, 0, encode(example, reader, max_length=max_length)))
     return _checked(rows)
 
 
 def learnt_rows(
     examples: Sequence[Example],
-    tokenizer: Any,
+    reader: Any,
     *,
     task: Task,
     labels: Sequence[str] = (),
@@ -112,9 +118,9 @@ def learnt_rows(
 ) -> list[Row]:
     """One row for each example, with the right answer: what the adapter saw, or would see, in training."""
     if kind_of(examples, task) != "choices":
-        return rows_of(examples, tokenizer, task=task, labels=labels, max_length=max_length)
+        return rows_of(examples, reader, task=task, labels=labels, max_length=max_length)
     return _checked([
-        Row(place, 0, _answer(example, right_answer(example), tokenizer, prompt, max_length))
+        Row(place, 0, _answer(example, right_answer(example), reader, prompt, max_length))
         for place, example in enumerate(examples)
     ])  # fmt: skip
 
@@ -127,7 +133,7 @@ def right_answer(example: Example) -> str:
 
 def batches_of(
     rows: Sequence[Row],
-    tokenizer: Any,
+    reader: Any,
     *,
     batch_size: int = 16,
     device: str = "cpu",
@@ -143,7 +149,7 @@ def batches_of(
     ordered = sorted(rows, key=lambda row: -row.length)
     for start in range(0, len(ordered), batch_size):
         chosen = tuple(ordered[start : start + batch_size])
-        padded = _padded(chosen, tokenizer)
+        padded = _padded(chosen, reader)
         inputs = {name: tensor.to(device) for name, tensor in padded.items() if name != "labels"}
         yield Batch(rows=chosen, inputs=inputs, labels=padded["labels"].to(device))
         if on_batch is not None:
@@ -158,25 +164,31 @@ def digest_of(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def _padded(rows: Sequence[Row], tokenizer: Any) -> dict[str, Tensor]:
+def _padded(rows: Sequence[Row], reader: Any) -> dict[str, Tensor]:
     encoded = [row.encoded for row in rows]
     if isinstance(encoded[0], Encoded):
-        return collate([one for one in encoded if isinstance(one, Encoded)], pad_token_id=tokenizer.pad_token_id)
-    return dict(tokenizer.pad(encoded, return_tensors="pt"))
+        return collate([one for one in encoded if isinstance(one, Encoded)], reader)
+    return dict(reader.pad(encoded, return_tensors="pt"))
 
 
-def _answer(example: Example, answer: str, tokenizer: Any, prompt: str, max_length: int) -> Encoded:
+def _answer(example: Example, answer: str, reader: Any, prompt: str, max_length: int) -> Encoded:
     """A question and one answer, without the token for the end: that says nothing about the answer."""
     text = example.question if isinstance(example, Choice) else example.text if isinstance(example, Labelled) else ""
     if "{text}" not in prompt:
         raise DataError(f"the prompt {prompt!r} has no {{text}} in it, which stands for the question")
-    whole = encode(Completion(prompt.replace("{text}", text), f" {answer}"), tokenizer)
+    whole = encode(Completion(prompt.replace("{text}", text), f" {answer}", images_of(example)), reader)
     ids, labels = whole.input_ids, whole.labels
+    tokenizer = reader.tokenizer if isinstance(reader, Seeing) else reader
     if ids[-1] == tokenizer.eos_token_id:
         ids, labels = ids[:-1], labels[:-1]
     if max_length and len(ids) > max_length:  # a question loses its beginning, never its answer
+        if whole.images:
+            raise DataError(
+                f"the question about image '{whole.images[0].name}' has {len(ids)} tokens, and an image cannot be cut "
+                f"off: give --max-length {len(ids)}, or 0"
+            )
         ids, labels = ids[-max_length:], labels[-max_length:]
-    return Encoded(ids, labels)
+    return replace(whole, input_ids=ids, labels=labels)
 
 
 def _checked(rows: list[Row]) -> list[Row]:

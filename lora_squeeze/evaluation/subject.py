@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.annealing.live import Site, place, sites
-from lora_squeeze.data import Example, Labelled, labels_of
+from lora_squeeze.data import Example, Labelled, images_of, labels_of
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.remote import OnDownload
@@ -22,8 +22,10 @@ from lora_squeeze.models import (
     device_of,
     labels_of_adapter,
     load_model,
+    load_seeing,
     load_tokenizer,
 )
+from lora_squeeze.seeing import Seeing
 
 __all__ = ["Contestant", "Subject", "activate", "contestant_of", "loaded", "open_subject", "without_adapter"]
 
@@ -51,6 +53,8 @@ class Contestant:
 class Subject:
     """A model with adapters, what it is for, and how its inputs are made.
 
+    reader
+        makes inputs of examples: the tokenizer, or `lora_squeeze.seeing.Seeing` where there are images.
     adapters
         PEFT's name of each adapter → where it was loaded from, as `open_adapter` reads it.
     originals
@@ -59,6 +63,7 @@ class Subject:
 
     model: Any
     tokenizer: Any
+    reader: Any
     task: Task
     labels: tuple[str, ...]
     base: str
@@ -81,8 +86,10 @@ def open_subject(
 
     base
         default: the one that the first adapter names.
-    examples, labels
-        what a classifier's classes are called: as given, as saved beside the adapter, or as in the data.
+    examples
+        that it is to be run on: images among them need a model that sees.
+    labels
+        what a classifier's classes are called; default: as saved beside the adapter, or as in the examples.
     on_download
         see `open_adapter`.
 
@@ -93,10 +100,13 @@ def open_subject(
         if adapter.format != "peft":
             raise AdapterError(f"{path}: is a {adapter.format} file; only PEFT adapters can be loaded onto a model")
     adapters = [str(one.place) if one.origin else path for path, one in zip(adapters, opened, strict=True)]
-    task: Task = "sequence-classification" if opened[0].config.get("task_type") == "SEQ_CLS" else "causal-lm"
+    sees = any(map(images_of, examples))
+    task: Task = "image-text-to-text" if sees else "causal-lm"
+    if opened[0].config.get("task_type") == "SEQ_CLS":
+        task = "sequence-classification"
     source = base or base_of(adapters[0])[0]
     known = _labels(adapters[0], opened[0], task, examples, labels)
-    tokenizer = load_tokenizer(source)
+    reader = load_seeing(source) if task == "image-text-to-text" else load_tokenizer(source)
     model = load_model(
         source, task=task, labels=known if task == "sequence-classification" else (), dtype=dtype, device=device
     )
@@ -108,7 +118,8 @@ def open_subject(
     model.config.use_cache = False  # nothing is generated
     return Subject(
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=reader.tokenizer if isinstance(reader, Seeing) else reader,
+        reader=reader,
         task=task,
         labels=known,
         base=source,

@@ -18,16 +18,27 @@ from lora_squeeze.data import (
     Preference,
     Prompt,
     Text,
+    images_of,
     labels_of,
     read_examples,
     split,
 )
-from lora_squeeze.encoding import encode, encode_class
+from lora_squeeze.encoding import Encoded, encode, encode_class
 from lora_squeeze.errors import DataError
 from lora_squeeze.extras import require
 from lora_squeeze.training.settings import RunSettings
 
-__all__ = ["Inputs", "as_answered", "classes", "groups", "preferences", "read_inputs", "sequences"]
+__all__ = [
+    "Inputs",
+    "as_answered",
+    "classes",
+    "encoded",
+    "groups",
+    "places",
+    "preferences",
+    "read_inputs",
+    "sequences",
+]
 
 _TAKES: dict[str, tuple[type, ...]] = {
     "sft": (Text, Completion, Chat, Answered, Choice),
@@ -44,6 +55,11 @@ class Inputs:
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
     labels: tuple[str, ...] = ()
+
+    @property
+    def have_images(self) -> bool:
+        """Whether a model is needed that sees."""
+        return any(map(images_of, (*self.training, *self.held_out)))
 
 
 def read_inputs(settings: RunSettings, *, labels: Sequence[str] = ()) -> Inputs:
@@ -74,18 +90,27 @@ def read_inputs(settings: RunSettings, *, labels: Sequence[str] = ()) -> Inputs:
     return Inputs(training, held_out, found)
 
 
-def sequences(examples: Sequence[Example], tokenizer: Any, settings: RunSettings) -> tuple[Any, int]:
+def encoded(examples: Sequence[Example], reader: Any, settings: RunSettings) -> tuple[list[Encoded], int]:
     """Examples as token ids with labels, and how many had to be left out: cut off before anything to learn."""
     training = settings.training
-    encoded = [
-        encode(one, tokenizer, max_length=training.max_length, completion_only=training.completion_only)
+    found = [
+        encode(one, reader, max_length=training.max_length, completion_only=training.completion_only)
         for one in examples
     ]
-    kept = [one for one in encoded if one.learnt]
-    if not kept:
+    kept = [one for one in found if one.learnt]
+    if found and not kept:
         raise DataError(f"every example is longer than [training] max_length = {training.max_length} tokens")
-    rows = [{"input_ids": list(one.input_ids), "labels": list(one.labels)} for one in kept]
-    return _dataset(rows), len(encoded) - len(kept)
+    return kept, len(found) - len(kept)
+
+
+def sequences(encoded: Sequence[Encoded]) -> Any:
+    """Token ids and labels."""
+    return _dataset([{"input_ids": list(one.input_ids), "labels": list(one.labels)} for one in encoded])
+
+
+def places(count: int, start: int = 0) -> Any:
+    """Numbers of examples, which are put into batches when they are needed."""
+    return _dataset([{"place": place} for place in range(start, start + count)])
 
 
 def classes(examples: Sequence[Example], tokenizer: Any, labels: Sequence[str], settings: RunSettings) -> Any:
@@ -138,6 +163,11 @@ def _check_kind(examples: Sequence[Example], method: str, sources: Sequence[str]
         wanted = " or ".join(KINDS[one] for one in _TAKES[method])
         raise DataError(
             f"{', '.join(sources)}: data of the kind '{KINDS[kind]}', and method {method} needs {wanted}{advice}"
+        )
+    if method != "sft" and any(map(images_of, examples)):
+        raise DataError(
+            f"{', '.join(sources)}: holds images, which only method sft learns from; [data] columns = {{ image = '' }} "
+            "reads the texts alone"
         )
 
 

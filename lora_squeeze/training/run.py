@@ -25,11 +25,13 @@ from lora_squeeze.models import (
     base_of,
     labels_of_adapter,
     load_model,
+    load_seeing,
     load_tokenizer,
     write_labels,
 )
 from lora_squeeze.provenance import provenance_of
 from lora_squeeze.sections import document_of
+from lora_squeeze.seeing import Seeing
 from lora_squeeze.training.callbacks import OnLog, Recorder
 from lora_squeeze.training.folder import RunFolder, only_one
 from lora_squeeze.training.inputs import Inputs, read_inputs
@@ -74,9 +76,9 @@ def evaluate_adapter(settings: RunSettings, scratch: Path) -> dict[str, float]:
     if not inputs.held_out:
         raise DataError("no data are held out to evaluate on: give [data] eval_source or eval_fraction")
     run = RunFolder(scratch)
-    _, tokenizer, model = _loaded(settings, inputs, run, adapter)
+    _, reader, model = _loaded(settings, inputs, run, adapter)
     quiet = replace(settings, logging=replace(settings.logging, report_to=[], wandb_project=""))
-    trainer, _ = trainer_of(Prepared(quiet, run, inputs, tokenizer, model, ()))
+    trainer, _ = trainer_of(Prepared(quiet, run, inputs, reader, model, ()))
     trainer.remove_callback(require("transformers", "train").PrinterCallback)
     return {key: float(value) for key, value in trainer.evaluate().items() if isinstance(value, int | float)}
 
@@ -88,17 +90,17 @@ def _trained(settings: RunSettings, run: RunFolder, on_log: OnLog | None) -> Run
     adapter = _fetched(settings.model.adapter)
     labels = labels_of_adapter(adapter) if adapter else ()
     inputs = read_inputs(settings, labels=labels)
-    name, tokenizer, model = _loaded(settings, inputs, run, adapter)
+    name, reader, model = _loaded(settings, inputs, run, adapter)
     source_rank = _largest_rank(model)
     recorder = Recorder(run, on_log)
     callbacks = (*_in_squeeze(settings), recorder)
-    trainer, notes = trainer_of(Prepared(settings, run, inputs, tokenizer, model, callbacks))
+    trainer, notes = trainer_of(Prepared(settings, run, inputs, reader, model, callbacks))
     trainer.remove_callback(transformers.PrinterCallback)  # the recorder tells whoever wants to know
     checkpoint = _checkpoint(settings, run)
     seconds = _train(trainer, settings, run, checkpoint)
     if inputs.held_out:
         trainer.evaluate()
-    _save(model, tokenizer, inputs, run.final)
+    _save(model, reader, inputs, run.final)
     record = RunRecord(
         method=settings.method,
         model=name,
@@ -133,7 +135,7 @@ def _fetched(adapter: str) -> str:
 
 
 def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder, adapter: str) -> tuple[str, Any, Any]:
-    """The base model's name, its tokenizer, and the model with the LoRA that is to be trained.
+    """The base model's name, what makes its inputs, and the model with the LoRA that is to be trained.
 
     adapter
         the folder of the one that `[model] adapter` names.
@@ -141,14 +143,17 @@ def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder, adapter: str)
     chosen = settings.model
     name = chosen.model or base_of(adapter)[0]
     adapter = _squeezed_first(settings, run) or adapter
-    task: Task = "sequence-classification" if settings.method == "classify" else "causal-lm"
-    tokenizer = load_tokenizer(name, revision=chosen.revision)
+    task: Task = "image-text-to-text" if inputs.have_images else "causal-lm"
+    if settings.method == "classify":
+        task = "sequence-classification"
+    load_reader = load_seeing if task == "image-text-to-text" else load_tokenizer
+    reader = load_reader(name, revision=chosen.revision)
     base = load_model(
         name, task=task, labels=inputs.labels, dtype=chosen.dtype, device=chosen.device, revision=chosen.revision
     )
     base.config.use_cache = settings.method == "grpo"  # only generating gains from it
     if adapter:
-        return name, tokenizer, attach_adapter(base, adapter, trainable=True)
+        return name, reader, attach_adapter(base, adapter, trainable=True)
     lora = settings.lora
     model = attach_lora(
         base,
@@ -160,7 +165,7 @@ def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder, adapter: str)
         rslora=lora.rslora,
         dora=lora.dora,
     )
-    return name, tokenizer, model
+    return name, reader, model
 
 
 def _in_squeeze(settings: RunSettings) -> tuple[Any, ...]:
@@ -265,10 +270,10 @@ def _wandb(settings: RunSettings) -> Generator[None, None, None]:
                 os.environ[name] = value
 
 
-def _save(model: Any, tokenizer: Any, inputs: Inputs, final: Path) -> None:
+def _save(model: Any, reader: Any, inputs: Inputs, final: Path) -> None:
     with new_folder(final, overwrite=True) as folder:
         model.save_pretrained(str(folder), selected_adapters=["default"])
-        tokenizer.save_pretrained(str(folder))
+        (reader.processor if isinstance(reader, Seeing) else reader).save_pretrained(str(folder))
         if inputs.labels:
             write_labels(folder, inputs.labels)
 

@@ -61,9 +61,10 @@ class TrainingSettings:
     lr_schedule: str = choice(("constant", "linear", "cosine"), "constant")  # after the warm-up
     warmup_steps: int = 0
     weight_decay: float = 0.0
-    max_length: int = 1024  # tokens of an example; longer ones lose their end
+    max_length: int = 1024  # tokens of an example, an image being one; longer ones lose their end
     completion_only: bool = True  # leave prompts out of the loss
     gradient_checkpointing: bool = False  # less memory, more time
+    data_workers: int = 0  # processes that open images and make batches ahead; 0: none but the training itself
     save_every: int = 50  # steps between checkpoints; 0: none
     keep_checkpoints: int = 1  # the newest so many
     eval_every: int = 0  # steps between evaluations on held-out data; 0: only at the end
@@ -100,7 +101,7 @@ class DataSettings:
     source: list[str] = field(
         default_factory=list[str], metadata=ONE_WILL_DO
     )  # files, folders, data sets or builtin:NAME
-    columns: dict[str, str] = field(default_factory=dict[str, str])  # our key = theirs
+    columns: dict[str, str] = field(default_factory=dict[str, str])  # our key = theirs; image = "" ignores images
     max_examples: int = 0  # 0: all
     eval_source: list[str] = field(default_factory=list[str], metadata=ONE_WILL_DO)  # held-out data
     eval_fraction: float = 0.0  # of `source` that is held out, without eval_source
@@ -254,7 +255,15 @@ def _at_least(settings: RunSettings) -> list[tuple[str, str, Any, int]]:
     """Section, key, value and the least it may be."""
     training, data = settings.training, settings.data
     least = {"max_steps": 0, "epochs": 0, "batch_size": 1, "gradient_accumulation": 1, "warmup_steps": 0}
-    least |= {"weight_decay": 0, "max_length": 1, "save_every": 0, "keep_checkpoints": 1, "eval_every": 0, "seed": 0}
+    least |= {
+        "weight_decay": 0,
+        "max_length": 1,
+        "data_workers": 0,
+        "save_every": 0,
+        "keep_checkpoints": 1,
+        "eval_every": 0,
+        "seed": 0,
+    }
     if settings.method == "grpo":
         least |= {"group_size": 2, "max_tokens": 1}
     rows: list[tuple[str, str, Any, int]] = [

@@ -6,9 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_squeeze.collating import collate
+from lora_squeeze.encoding import Encoded
 from lora_squeeze.extras import require
+from lora_squeeze.seeing import Seeing
 from lora_squeeze.training.folder import RunFolder
-from lora_squeeze.training.inputs import Inputs, as_answered, classes, groups, preferences, sequences
+from lora_squeeze.training.inputs import (
+    Inputs,
+    as_answered,
+    classes,
+    encoded,
+    groups,
+    places,
+    preferences,
+    sequences,
+)
 from lora_squeeze.training.rewards import reward_of
 from lora_squeeze.training.settings import RunSettings
 
@@ -31,9 +43,14 @@ class Prepared:
     settings: RunSettings
     folder: RunFolder
     inputs: Inputs
-    tokenizer: Any
+    reader: Any  # tokenizer, or Seeing
     model: Any
     callbacks: Sequence[Any]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of texts."""
+        return self.reader.tokenizer if isinstance(self.reader, Seeing) else self.reader
 
 
 def trainer_of(prepared: Prepared) -> tuple[Any, tuple[str, ...]]:
@@ -44,22 +61,37 @@ def trainer_of(prepared: Prepared) -> tuple[Any, tuple[str, ...]]:
 
 
 def _sft(prepared: Prepared) -> tuple[Any, tuple[str, ...]]:
-    """TRL's SFTTrainer on sequences that are encoded already."""
+    """TRL's SFTTrainer on sequences that are encoded already; images are opened batch by batch."""
     trl = require("trl", "train")
-    settings = prepared.settings
-    training, left_out = sequences(prepared.inputs.training, prepared.tokenizer, settings)
-    held_out = (
-        sequences(prepared.inputs.held_out, prepared.tokenizer, settings)[0] if prepared.inputs.held_out else None
-    )
+    training, left_out = encoded(prepared.inputs.training, prepared.reader, prepared.settings)
+    held_out, _ = encoded(prepared.inputs.held_out, prepared.reader, prepared.settings)
+    sees = isinstance(prepared.reader, Seeing)
     config = trl.SFTConfig(
         **_arguments(prepared),
         max_length=None,  # cut already
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=not sees,
     )
+    if sees:
+        given = _given(prepared, places(len(training)), places(len(held_out), len(training)))
+        given["data_collator"] = _Shown((*training, *held_out), prepared.reader)
+    else:
+        given = _given(prepared, sequences(training), sequences(held_out))
     notes = (
         [f"{left_out} examples were left out: max_length cuts them off before anything to learn"] if left_out else []
     )
-    return trl.SFTTrainer(args=config, **_given(prepared, training, held_out)), tuple(notes)
+    return trl.SFTTrainer(args=config, **given), tuple(notes)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Places of examples → a batch with their images."""
+
+    encoded: tuple[Encoded, ...]
+    reader: Seeing
+
+    def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
+        return collate([self.encoded[row["place"]] for row in rows], self.reader)
 
 
 def _classify(prepared: Prepared) -> tuple[Any, tuple[str, ...]]:
@@ -177,6 +209,7 @@ def _arguments(prepared: Prepared) -> dict[str, Any]:
         "fp16": str(prepared.model.dtype) == "torch.float16" and not on_processor,
         "use_cpu": on_processor,
         "dataloader_pin_memory": not on_processor,
+        "dataloader_num_workers": training.data_workers,
         "save_strategy": "steps" if training.save_every else "no",
         "save_steps": training.save_every or 500,
         "save_total_limit": training.keep_checkpoints,

@@ -108,7 +108,7 @@ def answers(subject: Subject, contestant: Contestant, trial: Trial) -> Result:
     """Accuracy and loss, and for every text the class it is given and the loss."""
     activate(subject, contestant)
     predicted, losses, right = [0] * trial.count, [0.0] * trial.count, 0
-    for batch in batches_of(trial.rows, subject.tokenizer, batch_size=trial.batch_size, device=subject.device):
+    for batch in batches_of(trial.rows, subject.reader, batch_size=trial.batch_size, device=subject.device):
         logits = subject.model(**batch.inputs).logits
         chosen = logits.argmax(dim=1)
         right += int((chosen == batch.labels).sum())
