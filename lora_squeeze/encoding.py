@@ -151,7 +151,8 @@ def _with_images(
     bos = seeing.tokenizer.bos_token
     if bos and encoded.input_ids[0] == seeing.tokenizer.bos_token_id and not head.startswith(bos):
         head = bos + head
-    ids, labels = encoded.input_ids, encoded.labels
+    ids, shown = encoded.input_ids, seeing.tokenizer.convert_tokens_to_ids(seeing.token)
+    labels = tuple(IGNORED if one == shown else label for one, label in zip(ids, encoded.labels, strict=True))
     if max_length and max_length <= size:
         labels = (IGNORED,) * len(ids)
     elif max_length:

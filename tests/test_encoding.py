@@ -6,8 +6,9 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lora_squeeze.collating import collate
 from lora_squeeze.data import Answered, Chat, Choice, Completion, Labelled, Message, Preference, Text
-from lora_squeeze.encoding import IGNORED, collate, encode, encode_class, prompt_text
+from lora_squeeze.encoding import IGNORED, encode, encode_class, prompt_text
 from lora_squeeze.errors import DataError, ModelError
 from lora_squeeze.models import PLAIN_TEMPLATE
 
@@ -125,7 +126,7 @@ def test_classes_become_numbers():
 
 def test_a_batch_is_padded_on_the_right():
     tokenizer = tiny_tokenizer()
-    batch = collate([encode(Completion("1", "2"), tokenizer), encode(Text("a"), tokenizer)], pad_token_id=0)
+    batch = collate([encode(Completion("1", "2"), tokenizer), encode(Text("a"), tokenizer)], tokenizer)
     one, two, a, end = *tokenizer("12a")["input_ids"], tokenizer.eos_token_id
     assert batch["input_ids"].tolist() == [[one, two, end], [a, end, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

@@ -79,10 +79,10 @@ def save_tiny_llama(folder: Path, *, template: str | None = None, **sizes: Any) 
 
 
 def save_tiny_gemma(folder: Path, *, sees: bool = False, template: str | None = None) -> Path:
-    """A Gemma 3 of two layers and its tokenizer: text alone as the 1B, or with vision tower and processor as the larger.
+    """A Gemma 3 of two layers and its tokenizer.
 
-    template
-        of chats, in the processor.
+    sees
+        with a vision tower and a processor, as the larger ones; template: of its chats.
     """
     tokenizer = tiny_tokenizer(**IMAGE_TOKENS if sees else {})
     torch.manual_seed(0)

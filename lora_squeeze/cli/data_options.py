@@ -44,7 +44,7 @@ DATA_PARAMETERS = tuple(f"run_{name}" for name in DataOptions.__dataclass_fields
 
 def _parse_columns(_context: click.Context, _option: click.Parameter, entries: tuple[str, ...]) -> dict[str, str]:
     pairs = [entry.partition("=") for entry in entries]
-    if wrong := [entry for entry, pair in zip(entries, pairs, strict=True) if not (pair[0] and pair[2])]:
+    if wrong := [entry for entry, pair in zip(entries, pairs, strict=True) if not (pair[0] and pair[1])]:
         raise click.BadParameter(f"'{wrong[0]}' is not OURS=THEIRS, such as text=sentence")
     return {ours: theirs for ours, _, theirs in pairs}
 
@@ -119,7 +119,7 @@ def _options(model: str, required: bool) -> tuple[Callable[[Any], Any], ...]:
             multiple=True,
             metavar="OURS=THEIRS",
             callback=_parse_columns,
-            help="Names that the data have for ours, as text=sentence.  Repeatable.",
+            help="Names that the data have for ours, as text=sentence; image= ignores images.  Repeatable.",
         ),
         option("--limit", "run_limit", type=click.IntRange(min=0), default=0, help="At most so many examples; 0: all."),
         option(

@@ -1,0 +1,215 @@
+"""Rows with images: where the images come from, where in a text they stand, and what is refused."""
+
+import base64
+import io
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from lora_squeeze.cli import main
+from lora_squeeze.data import (
+    Answered,
+    Chat,
+    Choice,
+    Completion,
+    Labelled,
+    Picture,
+    Text,
+    images_of,
+    opened,
+    picture_of,
+    read_examples,
+    split,
+    without_sight,
+)
+from lora_squeeze.errors import DataError
+
+PLACE = "\ufffc"
+
+
+def png(colour=(200, 30, 60), size=(5, 3)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Writes rows beside an image, photos/one.png, and reads them."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/one.png").write_bytes(png())
+
+    def read(*fields, **options):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(one) + "\n" for one in fields), encoding="utf-8")
+        return read_examples(str(path), **options)
+
+    return read
+
+
+KINDS = {
+    "texts": ({"text": "a dog"}, Text, "text"),
+    "completions": ({"prompt": "what?", "completion": "a dog"}, Completion, "prompt"),
+    "answers": ({"question": "what?", "answer": "a dog"}, Answered, "prompt"),
+    "classes": ({"text": "a dog", "label": "x"}, Labelled, "text"),
+    "choices": ({"question": "what?", "choices": ["dog", "cat"], "answer": 0}, Choice, "question"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_image_of_a_row_stands_before_its_text(rows, name):
+    fields, kind, text = KINDS[name]
+    (example,) = rows({**fields, "image": "photos/one.png"})
+    assert isinstance(example, kind)
+    assert getattr(example, text) == PLACE + fields.get(text, fields.get("question"))
+    (image,) = images_of(example)
+    assert image.name == "photos/one.png"
+    assert opened(image).getpixel((0, 0)) == (200, 30, 60)
+
+
+def test_a_text_says_where_its_images_stand(rows):
+    there = [
+        {"prompt": f"a {mark} b {mark}", "completion": "", "images": ["photos/one.png"] * 2}
+        for mark in ("<image>", PLACE)
+    ]
+    assert [one.prompt for one in rows(*there)] == [f"a {PLACE} b {PLACE}"] * 2
+    with pytest.raises(DataError, match=r"line 1: its text has places for 2 images, and there are 1"):
+        rows({"prompt": "a <image> b <image>", "completion": "", "image": "photos/one.png"})
+
+
+def test_in_a_conversation_the_image_is_the_users(rows):
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    (chat,) = rows({"messages": turns, "image": "photos/one.png"})
+    assert [one.content for one in chat.messages] == ["system", f"{PLACE}user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"image": "photos/one.png"},
+        {"path": "photos/one.png"},
+        {"image_url": {"url": "photos/one.png"}, "type": "image_url"},
+    ],
+)
+def test_messages_in_parts_bring_their_images(rows, part):
+    asked = [{"type": "text", "text": "see "}, {"type": "image", **part}, {"type": "text", "text": " there"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    (chat,) = rows({"messages": turns})
+    assert isinstance(chat, Chat)
+    assert [one.content for one in chat.messages] == [f"see {PLACE} there", "yes"]
+    assert [one.name for one in chat.images] == ["photos/one.png"]
+
+
+def test_parts_may_leave_their_images_to_a_column(rows):
+    turns = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "yes"}]
+    (chat,) = rows({"messages": turns, "images": ["photos/one.png"]})
+    assert (chat.messages[0].content, len(chat.images)) == (PLACE, 1)
+
+
+def test_a_row_without_an_image_is_read_as_before(rows):
+    seen, unseen = rows({"text": "a", "image": "photos/one.png"}, {"text": "b", "image": None})
+    assert (len(images_of(seen)), unseen) == (1, Text("b"))
+    assert rows({"text": "a", "image": "nowhere.png"}, columns={"image": ""}) == (Text("a"),)
+
+
+REFUSED = {
+    "a file that is not there": ({"text": "", "image": "photos/two.png"}, "image 'photos/two.png' is not there"),
+    "an address": ({"text": "", "image": "https://x.org/a.png"}, "images are not fetched: save it"),
+    "a number": ({"text": "", "image": 7}, "not int"),
+    "nothing": ({"text": "", "image": ""}, "not str"),
+    "a data: URI that is none": ({"text": "", "image": "data:image/png;base64,???"}, "not a data: URI in base64"),
+    "one under images": ({"text": "", "images": "photos/one.png"}, "'images' is a list"),
+    "preferences": (
+        {"prompt": "", "chosen": "", "rejected": "", "image": "photos/one.png"},
+        "no method for preferences about images",
+    ),
+    "a sound": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a text or an image, not audio"),
+    "images here and there": (
+        {
+            "image": "photos/one.png",
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "photos/one.png"}]},
+                {"role": "assistant", "content": ""},
+            ],
+        },
+        "in its messages and in a column",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_image_is_refused_with_its_row(rows, name):
+    fields, reason = REFUSED[name]
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: ") as caught:
+        rows({"text": "a"}, fields)
+    assert reason in str(caught.value)
+
+
+def test_a_damaged_image_is_named_when_it_is_opened(tmp_path):
+    (tmp_path / "bad.png").write_bytes(png()[:40])
+    picture = picture_of("bad.png", tmp_path)
+    with pytest.raises(DataError, match=r"image 'bad\.png': cannot be read"):
+        opened(picture)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        png(),
+        {"bytes": png(), "path": "gone.png"},
+        "data:image/png;base64," + base64.b64encode(png()).decode(),
+        Image.new("RGB", (5, 3), (200, 30, 60)),
+    ],
+    ids=["bytes", "as datasets has it", "data: URI", "PIL"],
+)
+def test_images_that_are_no_files_are_known_by_their_content(value):
+    picture = picture_of(value)
+    assert len(picture.name) == 64
+    assert opened(picture).size == (5, 3)
+    assert picture_of(picture) is picture
+
+
+def test_a_grey_image_has_the_same_size(rows):
+    (example,) = rows({"text": "a", "image": "photos/one.png"})
+    (grey,) = images_of(without_sight(example))
+    assert opened(grey).getcolors() == [(15, (128, 128, 128))]
+    assert without_sight(Text("a")) == Text("a")
+
+
+def test_images_of_a_data_set_stay_in_it(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"text": ["a", "b"], "image": [Image.new("RGB", (5, 3), (200, 30, 60)), None]}
+    datasets.Dataset.from_dict(
+        columns, features=datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    ).save_to_disk(tmp_path / "saved")
+    seen, unseen = read_examples(str(tmp_path / "saved"))
+    assert isinstance(seen.images[0], Picture)
+    assert opened(seen.images[0]).getpixel((4, 2)) == (200, 30, 60)
+    assert unseen.images == ()
+
+
+def test_images_in_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"text": ["a"], "image": [Image.new("RGB", (5, 3), (200, 30, 60))]}
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "rows.parquet")
+    (example,) = read_examples(str(tmp_path / "rows.parquet"))
+    assert opened(example.images[0]).size == (5, 3)
+
+
+def test_questions_about_one_image_stay_on_one_side_of_a_split():
+    pictures = [picture_of(png((number, 0, 0))) for number in range(20)]
+    examples = [Completion(f"{number}", "", (pictures[number % 20],)) for number in range(100)]
+    training, held_out = split(examples, held_out=0.25, seed=1)
+    assert len(held_out) == 25
+    assert not {one.images for one in training} & {one.images for one in held_out}
+
+
+def test_ablating_needs_images(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    command = ["evaluate", "nowhere", "--data", str(tmp_path / "rows.jsonl"), "--ablate-images"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code != 0
+    assert "there are none" in result.output
