@@ -1,6 +1,7 @@
 """A tiny Gemma 3 learns to name colours that only its images show; what is squeezed and evaluated still sees them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,9 @@ def test_a_damaged_image_ends_the_training_with_its_name(here, tmp_path):
     (tmp_path / "run.toml").write_text(text.replace("eval_fraction = 0.2", ""))
     said = run("train", tmp_path / "run.toml", "--out", tmp_path / "run", code=1)
     assert "image 'bad.png': cannot be read" in said
+
+
+def test_without_pillow_the_extra_is_named(here, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    said = run("train", here / "run.toml", "--out", tmp_path / "run", code=1)
+    assert "pip install 'lora-squeeze[vision]'" in said
