@@ -31,7 +31,7 @@ PLACES = {
     "lora_squeeze.compression:bases": CORE,
     "lora_squeeze.compression:truncate": PRODUCTS,
     "lora_squeeze.formats.tensors:sha256_of_file": HASH,
-    "lora_squeeze.formats.tensors:_write_block": WRITE,
+    "lora_squeeze.formats.writing:_write_block": WRITE,
     "lora_squeeze.formats.tensors:SafetensorsFile.checksum": CHECK,
     "lora_squeeze.formats.tensors:SafetensorsFile._read_into": CHECK,
 }

@@ -22,7 +22,8 @@ import torch
 from benchmarks.contender import WEIGHTS, resident_mb, warm_up
 from benchmarks.machine import table
 from lora_squeeze import analyze, decompose, open_adapter, squeeze
-from lora_squeeze.formats.tensors import Block, TensorSpec, write_safetensors
+from lora_squeeze.formats.tensors import TensorSpec
+from lora_squeeze.formats.writing import Block, write_safetensors
 from lora_squeeze.verbs import choose_ranks
 
 LAYERS, EXPERTS = 60, 384

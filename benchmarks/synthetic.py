@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lora_squeeze.formats.tensors import Block, TensorSpec, write_safetensors
+from lora_squeeze.formats.tensors import TensorSpec
+from lora_squeeze.formats.writing import Block, write_safetensors
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ ORDER = [
     "exploration",
     "spectrum",
     "formats.tensors",
+    "formats.writing",
     "formats.beside",
     "formats.base_weights",
     "formats.dora",

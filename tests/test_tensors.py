@@ -21,14 +21,12 @@ from safetensors.torch import load_file, save_file
 from lora_squeeze.errors import AdapterError, OutputError
 from lora_squeeze.formats.tensors import (
     DTYPES,
-    Block,
     TensorSpec,
     dtype_name,
     read_safetensors,
-    safetensors_size,
     sha256_of_file,
-    write_safetensors,
 )
+from lora_squeeze.formats.writing import Block, safetensors_size, write_safetensors
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHERS = {
@@ -236,7 +234,8 @@ def test_a_full_disk_is_an_output_error(tmp_path):
         from pathlib import Path
         import torch
         from lora_squeeze.errors import OutputError
-        from lora_squeeze.formats.tensors import Block, TensorSpec, write_safetensors
+        from lora_squeeze.formats.tensors import TensorSpec
+        from lora_squeeze.formats.writing import Block, write_safetensors
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # writing further fails, as on a full disk
         block = Block((TensorSpec("key", "F32", (5000,), 20000),), lambda: [torch.ones(5000)])
@@ -294,7 +293,8 @@ def test_memory_does_not_grow_with_the_adapter(tmp_path):
         from pathlib import Path
         import torch
         from lora_squeeze import decompose, fixed, open_adapter, squeeze
-        from lora_squeeze.formats.tensors import Block, TensorSpec, write_safetensors
+        from lora_squeeze.formats.tensors import TensorSpec
+        from lora_squeeze.formats.writing import Block, write_safetensors
 
         def write(folder, layers):
             folder.mkdir()

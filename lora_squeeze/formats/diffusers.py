@@ -38,7 +38,8 @@ from lora_squeeze.formats.pairs import (
 )
 from lora_squeeze.formats.peft_config import Rules, alpha_of
 from lora_squeeze.formats.peft_patterns import grouped
-from lora_squeeze.formats.tensors import Block, SafetensorsFile, read_safetensors, safetensors_size, write_safetensors
+from lora_squeeze.formats.tensors import SafetensorsFile, read_safetensors
+from lora_squeeze.formats.writing import Block, safetensors_size, write_safetensors
 
 __all__ = ["CONFIG_KEY", "component_of", "diffusers_size", "is_diffusers", "open_diffusers", "write_diffusers"]
 

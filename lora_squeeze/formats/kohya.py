@@ -28,7 +28,8 @@ from lora_squeeze.formats.pairs import (
     read_pair,
     refuse_other_methods,
 )
-from lora_squeeze.formats.tensors import Block, SafetensorsFile, read_safetensors, safetensors_size, write_safetensors
+from lora_squeeze.formats.tensors import SafetensorsFile, read_safetensors
+from lora_squeeze.formats.writing import Block, safetensors_size, write_safetensors
 
 __all__ = ["PARTS", "is_kohya", "kohya_size", "open_kohya", "write_kohya"]
 

@@ -12,7 +12,8 @@ import torch
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 from lora_squeeze.formats.dora import dora_note, magnitude_module
-from lora_squeeze.formats.tensors import DTYPES, Block, SafetensorsFile, TensorSpec
+from lora_squeeze.formats.tensors import DTYPES, SafetensorsFile, TensorSpec
+from lora_squeeze.formats.writing import Block
 
 __all__ = [
     "Factors",

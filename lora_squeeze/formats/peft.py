@@ -17,14 +17,8 @@ from lora_squeeze.formats.peft_config import CONFIG, WEIGHTS, Rules, config_for,
 from lora_squeeze.formats.peft_keys import Keys, sort_keys
 from lora_squeeze.formats.peft_layout import layer_blocks, places, readers
 from lora_squeeze.formats.pickled import PickledFile
-from lora_squeeze.formats.tensors import (
-    Block,
-    SafetensorsFile,
-    TensorSpec,
-    read_safetensors,
-    safetensors_size,
-    write_safetensors,
-)
+from lora_squeeze.formats.tensors import SafetensorsFile, TensorSpec, read_safetensors
+from lora_squeeze.formats.writing import Block, safetensors_size, write_safetensors
 
 __all__ = ["open_peft", "peft_size", "sniff_peft", "write_peft"]
 

@@ -30,7 +30,8 @@ from lora_squeeze.formats.peft_config import Rules
 from lora_squeeze.formats.peft_keys import PREFIX, Keys, Pair
 from lora_squeeze.formats.peft_patterns import targeted
 from lora_squeeze.formats.pickled import PickledFile
-from lora_squeeze.formats.tensors import DTYPES, Block, SafetensorsFile, TensorSpec
+from lora_squeeze.formats.tensors import DTYPES, SafetensorsFile, TensorSpec
+from lora_squeeze.formats.writing import Block
 
 __all__ = ["Place", "layer_blocks", "places", "readers"]
 

@@ -1,4 +1,4 @@
-"""Streaming safetensors: read one tensor at a time, write without holding what was written.
+"""Reading safetensors, one tensor at a time.
 
 The safetensors package validates every header. Tensors are read with ordinary reads at their
 offsets rather than through its memory map: resident memory then stays at one layer, and a file
@@ -11,29 +11,25 @@ import ctypes
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_squeeze.documents import parse_json
-from lora_squeeze.errors import AdapterError, OutputError, SettingsError
-from lora_squeeze.parallel import ordered_map, run_length
+from lora_squeeze.errors import AdapterError, SettingsError
+from lora_squeeze.parallel import ordered_map
 from lora_squeeze.scratch import lent, scratch
 
 __all__ = [
     "DTYPES",
-    "Block",
     "SafetensorsFile",
     "TensorSpec",
     "dtype_name",
@@ -41,9 +37,7 @@ __all__ = [
     "fingerprint",
     "memory_of",
     "read_safetensors",
-    "safetensors_size",
     "sha256_of_file",
-    "write_safetensors",
 ]
 
 # safetensors' spelling → torch. What is only carried over may have any dtype: bytes are bytes.
@@ -81,19 +75,6 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """Tensors that are made together (a LoRA pair) and lie side by side in the file.
-
-    layers
-        those that `make` borrows, in this order.
-    """
-
-    specs: tuple[TensorSpec, ...]
-    make: Callable[[], Sequence[torch.Tensor | Iterator[bytes]]]
-    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,66 +187,6 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     )
 
 
-def write_safetensors(
-    path: Path,
-    blocks: Sequence[Block],
-    metadata: Mapping[str, str],
-    *,
-    expect: Callable[[Sequence[str]], None] | None = None,
-    late_metadata: Callable[[str], Mapping[str, str]] | None = None,
-) -> None:
-    """Write a new file block by block, fsync it, and check that the disk holds what was written.
-
-    The header is known before the first tensor is made, so no more than a few blocks are in memory.
-    expect
-        told which layers this thread's next blocks will borrow.
-    late_metadata
-        called with the tensors' `fingerprint` when all are written; its values replace those in
-        `metadata`, which must have the same length.
-
-    Raises OutputError if the path cannot be written, the disk is full or what is read back differs.
-    """
-    blocks = _in_file_order(blocks)
-    specs = [spec for block in blocks for spec in block.specs]
-    header = _header(specs, metadata)
-    offsets = list(accumulate((spec.nbytes for spec in specs), initial=len(header)))
-    places = dict(zip((spec.key for spec in specs), offsets, strict=False))
-    try:
-        with path.open("xb", buffering=0) as file:
-            write = _positional_writer(file)
-            checksums: dict[str, int] = {}
-            digests: dict[str, bytes] = {}
-            hashed = late_metadata is not None
-
-            def write_run(run: Sequence[Block]) -> None:
-                if expect is not None:
-                    expect([layer for block in run for layer in block.layers])
-                for block in run:
-                    ones, others = _write_block(block, places, write, hashed=hashed)
-                    checksums.update(ones)
-                    digests.update(others)
-
-            length = run_length(len(blocks))
-            for _ in ordered_map(write_run, [blocks[at : at + length] for at in range(0, len(blocks), length)]):
-                pass
-            if late_metadata is not None:
-                found = fingerprint({spec.key: spec for spec in specs}, digests)
-                final = _header(specs, {**metadata, **late_metadata(found)})
-                assert len(final) == len(header), "late metadata must be as long as what it replaces"
-                header = final
-            write(memoryview(header), 0)
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-    _check_written(path, header, checksums)
-
-
-def safetensors_size(blocks: Iterable[Block], metadata: Mapping[str, str]) -> int:
-    """The exact size in bytes of the file that `write_safetensors` would write."""
-    specs = [spec for block in _in_file_order(blocks) for spec in block.specs]
-    return len(_header(specs, metadata)) + sum(spec.nbytes for spec in specs)
-
-
 def _first_of_dtype(dtype: str, path: Path) -> str:
     """Which tensor a header that safetensors has refused gives this dtype."""
     with path.open("rb") as file:
@@ -314,80 +235,6 @@ def _sha256(chunks: Iterable[memoryview]) -> bytes:
     for chunk in chunks:
         digest.update(chunk)
     return digest.digest()
-
-
-def _positional_writer(file: IO[bytes]) -> Callable[[memoryview, int], None]:
-    lock = threading.Lock()
-
-    def write(data: memoryview, position: int) -> None:
-        with lock:
-            file.seek(position)
-            while len(data):
-                data = data[file.write(data) :]
-
-    return write
-
-
-def _write_block(
-    block: Block, places: Mapping[str, int], write: Callable[[memoryview, int], None], *, hashed: bool
-) -> tuple[dict[str, int], dict[str, bytes]]:
-    """Make a block's tensors, write each at its place and return its CRC-32 and, if asked for, its SHA-256."""
-    checksums: dict[str, int] = {}
-    digests: dict[str, bytes] = {}
-    for spec, tensor in zip(block.specs, block.make(), strict=True):
-        position, checksum, digest = places[spec.key], 0, hashlib.sha256()
-        for piece in _chunks_of(tensor):
-            checksum = zlib.crc32(piece, checksum)
-            if hashed:
-                digest.update(piece)
-            write(memoryview(piece), position)
-            position += len(piece)
-        if position != places[spec.key] + spec.nbytes:
-            raise AssertionError(f"tensor '{spec.key}' does not have the {spec.nbytes} bytes that were announced")
-        checksums[spec.key], digests[spec.key] = checksum, digest.digest()
-    return checksums, digests
-
-
-def _check_written(path: Path, header: bytes, checksums: Mapping[str, int]) -> None:
-    """Read the file back. Raises OutputError if it does not hold what was written."""
-    written = read_safetensors(path)
-    keys = ordered_map(lambda key: (key, written.checksum(key)), written.tensors)
-    with path.open("rb") as file:
-        intact = file.read(len(header)) == header
-    if not intact or dict(keys) != checksums:
-        raise OutputError(f"{path}: what was read back is not what was written; is the disk failing?")
-
-
-def _chunks_of(tensor: torch.Tensor | Iterator[bytes]) -> Iterator[bytes | memoryview]:
-    if not isinstance(tensor, torch.Tensor):
-        yield from tensor
-        return
-    contiguous = tensor.contiguous()  # named, so that it outlives the view of its memory
-    yield memory_of(contiguous)
-
-
-def _in_file_order(blocks: Iterable[Block]) -> list[Block]:
-    """Wide dtypes first, as safetensors itself does it, so that every tensor is aligned."""
-    return sorted(blocks, key=lambda block: -max(_item_size(spec) for spec in block.specs))
-
-
-def _item_size(spec: TensorSpec) -> int:
-    return spec.nbytes // max(1, math.prod(spec.shape))
-
-
-def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for spec in specs:
-        header[spec.key] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [position, position + spec.nbytes],
-        }
-        position += spec.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for 8-byte alignment of the data
-    return struct.pack("<Q", len(text)) + text
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
