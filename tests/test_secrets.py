@@ -109,10 +109,10 @@ def test_no_token_gets_into_what_is_written_or_said(tmp_path, environment):
         assert [path for path in written if value.encode() in path.read_bytes()] == []
 
 
-@pytest.mark.parametrize("scheme", ["hf", "https", "tinker"])
+@pytest.mark.parametrize("scheme", ["hf://", "https://", "tinker://", ""])
 def test_an_address_with_a_token_is_refused_without_repeating_it(scheme, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    address = f"{scheme}://user:secret-a81f3c@huggingface.co/x/y"
+    address = f"{scheme}user:secret-a81f3c@huggingface.co/x/y"
     for command in (["show", address], ["compress", address, "out", "--rank", "2"]):
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 1

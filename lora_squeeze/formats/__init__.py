@@ -116,7 +116,7 @@ def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None
 
 def _refuse_credentials(address: str) -> None:
     """An address is repeated in messages, logs and records, so it may hold no password or token."""
-    if found := re.match(r"([\w+.-]+://)[^/]*@(.*)", address, re.DOTALL):
+    if found := re.match(r"([\w+.-]+://(?=[^/]*@)|(?=[^/@]+:[^/@]+@))[^/]*@(.*)", address, re.DOTALL):
         raise AdapterError(
             f"{found[1]}…@{found[2]}: an address may hold no password or token; leave out what stands before the @ "
             "and set HF_TOKEN or TINKER_API_KEY instead"
