@@ -26,6 +26,7 @@ __all__ = [
     "DTYPES",
     "LABELS",
     "PLAIN_TEMPLATE",
+    "QUANTIZATIONS",
     "TASKS",
     "Task",
     "attach_adapter",
@@ -43,6 +44,7 @@ __all__ = [
 Task = Literal["causal-lm", "image-text-to-text", "sequence-classification"]
 TASKS: tuple[str, ...] = get_args(Task)
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+QUANTIZATIONS = ("4bit", "8bit")
 
 LABELS = "labels.json"  # beside an adapter that classifies: what its classes are called
 
@@ -122,6 +124,7 @@ def load_model(
     task: Task = "causal-lm",
     labels: Sequence[str] = (),
     dtype: str = "auto",
+    quantization: str = "",
     device: str = "auto",
     revision: str = "",
 ) -> Any:
@@ -131,6 +134,9 @@ def load_model(
         of a sequence classification; a head that the model does not have is made anew, at random.
     dtype
         f32, f16 or bf16; auto: f32 on a processor, otherwise that of the file.
+    quantization
+        4bit (NF4, as in QLoRA, arXiv 2305.14314) or 8bit (LLM.int8, arXiv 2208.07339): the linear layers'
+        weights, by bitsandbytes.
 
     Raises ModelError for what cannot be found or read.
     """
@@ -148,13 +154,31 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype '{dtype}' is unknown; known are auto, {', '.join(DTYPES)}")
     wanted: Any = "auto" if dtype == "auto" else getattr(torch, DTYPES[dtype])
+    if quantization:
+        if task == "sequence-classification" or "gguf_file" in options:
+            what = "a new head" if task == "sequence-classification" else "a .gguf file"
+            raise ModelError(f"{source}: {what} and quantization = '{quantization}' do not go together")
+        options |= {"quantization_config": _quantized(quantization, dtype), "device_map": {"": place}}
     try:
         model = getattr(transformers, _CLASSES[task]).from_pretrained(where, dtype=wanted, **options)
     except Exception as error:  # OSError, ValueError, KeyError, network errors: whatever was in the files
         raise ModelError(f"{source}: cannot be loaded as {task}: {_reason(error)}") from error
     if "gguf_file" in options:
         _forget_quantisation(model)
-    return model.to(place).eval()
+    return (model if quantization else model.to(place)).eval()
+
+
+def _quantized(quantization: str, dtype: str) -> Any:
+    transformers, torch = require("transformers", "train"), require("torch", "train")
+    require("bitsandbytes", "bitsandbytes")
+    if quantization == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, DTYPES.get(dtype, "bfloat16")),
+    )
 
 
 def attach_lora(

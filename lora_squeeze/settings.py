@@ -73,6 +73,7 @@ class ModelSettings:
     adapter: str = ""  # folder of an adapter to start from; "": a fresh one
     squeeze_to: int = 0  # rank that `adapter` is squeezed to before it is trained on (Cont-Squeeze); 0: as it is
     dtype: str = choice(("auto", "f32", "f16", "bf16"), "auto")  # auto: f32 on a processor, else the model's own
+    quantization: str = choice(("", "4bit", "8bit"), "")  # of the base's frozen weights, by bitsandbytes; "": none
     device: str = "auto"  # torch device; auto: the first GPU there is, else the processor
 
 

@@ -35,6 +35,7 @@ class DataOptions:
     batch_size: int
     max_length: int
     dtype: str
+    quantization: str | None
     device: str
 
 
@@ -97,6 +98,12 @@ def _options(model: str, required: bool) -> tuple[Callable[[Any], Any], ...]:
             default="auto",
             help="Of the model.  [auto: f32 on a processor, else as stored]",
         ),
+        option(
+            f"--{model}quantization",
+            "run_quantization",
+            type=click.Choice(("4bit", "8bit")),
+            help="Of the base model's weights, by bitsandbytes.  [default: none]",
+        ),
         option("--max-length", "run_max_length", default=1024, help="Of an example, in tokens; 0: any."),
         option("--batch-size", "run_batch_size", type=click.IntRange(min=1), default=16, help="Rows run at a time."),
         option(
@@ -158,6 +165,7 @@ def opened(options: DataOptions, adapters: tuple[str, ...], examples: tuple[Exam
             examples=examples,
             labels=options.labels,
             dtype=options.dtype,
+            quantization=options.quantization or "",
             device=options.device,
             on_download=on_download,
         )

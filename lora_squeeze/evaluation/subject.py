@@ -79,6 +79,7 @@ def open_subject(
     examples: Sequence[Example] = (),
     labels: Sequence[str] = (),
     dtype: str = "auto",
+    quantization: str = "",
     device: str = "auto",
     on_download: OnDownload | None = None,
 ) -> Subject:
@@ -90,6 +91,8 @@ def open_subject(
         that it is to be run on: images among them need a model that sees.
     labels
         what a classifier's classes are called; default: as saved beside the adapter, or as in the examples.
+    dtype, quantization, device
+        see `load_model`.
     on_download
         see `open_adapter`.
 
@@ -108,7 +111,12 @@ def open_subject(
     known = _labels(adapters[0], opened[0], task, examples, labels)
     reader = load_seeing(source) if task == "image-text-to-text" else load_tokenizer(source)
     model = load_model(
-        source, task=task, labels=known if task == "sequence-classification" else (), dtype=dtype, device=device
+        source,
+        task=task,
+        labels=known if task == "sequence-classification" else (),
+        dtype=dtype,
+        quantization=quantization,
+        device=device,
     )
     names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
     model = attach_adapter(model, adapters[0])

@@ -149,7 +149,13 @@ def _loaded(settings: RunSettings, inputs: Inputs, run: RunFolder, adapter: str)
     load_reader = load_seeing if task == "image-text-to-text" else load_tokenizer
     reader = load_reader(name, revision=chosen.revision)
     base = load_model(
-        name, task=task, labels=inputs.labels, dtype=chosen.dtype, device=chosen.device, revision=chosen.revision
+        name,
+        task=task,
+        labels=inputs.labels,
+        dtype=chosen.dtype,
+        quantization=chosen.quantization,
+        device=chosen.device,
+        revision=chosen.revision,
     )
     base.config.use_cache = settings.method == "grpo"  # only generating gains from it
     if adapter:
