@@ -15,6 +15,7 @@ from safetensors import safe_open
 from tiny import save_tiny_gemma
 
 from lora_squeeze.campaign.launch import begin, run_campaign
+from lora_squeeze.campaign.spec import campaign_of
 from lora_squeeze.data import Answered, Choice, images_of, opened, read_examples, without_sight
 from lora_squeeze.encoding import encode
 from lora_squeeze.errors import DataError
@@ -79,7 +80,8 @@ def subject(built) -> Subject:
 
 
 @pytest.mark.parametrize("name", vision_tasks.TASKS)
-def test_rows_of_every_task_are_read_encoded_and_measured(built, subject, name):
+def test_rows_of_every_task_are_read_encoded_and_measured(built, subject, monkeypatch, name):
+    monkeypatch.setattr(accuracy, "LONGEST_SEEN", 4)  # tokens: a model at random does not stop
     folder = built / "build/vision" / name
     assert sorted(one.name for one in (folder / "images/test").iterdir()) == ["0.png", "1.png"]  # each image once
     examples = read_examples(str(folder / "test.jsonl"))
@@ -128,8 +130,7 @@ def test_prompts_of_different_lengths_are_completed_as_alone(built, subject):
     batch = generation.prompts(asked, subject.reader)
     assert "labels" not in batch
     assert batch["attention_mask"][:, -1].tolist() == [1, 1, 1]
-    ends = [subject.tokenizer.decode(one[-8:]) for one in batch["input_ids"]]
-    assert ends == ["\nAnswer:".replace("\n", "<unk>")] * 3 or ends == ["\nAnswer:"] * 3
+    assert [subject.tokenizer.decode(one[-8:]) for one in batch["input_ids"]] == ["\nAnswer:"] * 3
     together = subject.model(**batch).logits[:, -1]
     for one, logits in zip(asked, together, strict=True):
         alone = subject.model(**generation.prompts([one], subject.reader)).logits[0, -1]
@@ -146,7 +147,7 @@ def test_a_campaign_that_has_to_look(built, monkeypatch):
     monkeypatch.chdir(built)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = HERE / "lora-squeeze/4b-vision-direct.toml"
-    campaign = reduced(path, "sees", {"ai2d", "textvqa"}, {8}, max_steps=40, batch_size=4)
+    campaign = reduced(path, "sees", {"ai2d", "textvqa"}, {8}, max_steps=24, batch_size=4)
     folder = begin(campaign, built / "direct")
     manifest = run_campaign(folder)
     assert [(entry.status, entry.error) for entry in manifest.runs] == [("finished", "")] * 2
@@ -170,12 +171,16 @@ def test_a_campaign_that_has_to_look(built, monkeypatch):
 def test_the_campaign_down_to_rank_one(built, monkeypatch):
     monkeypatch.chdir(built)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(accuracy, "LONGEST_SEEN", 4)
     path = HERE / "lora-squeeze/4b-vision-down-to-one.toml"
-    folder = begin(reduced(path, "sees", {"tallyqa"}, {8}), built / "down")
+    document = reduced(path, "sees", {"tallyqa"}, {8}).document
+    ways = document["campaign"]["conditions"]
+    document["campaign"]["conditions"] = [one for one in ways if one["schedule"] in ("cont=2", "standard")]
+    folder = begin(campaign_of(document, path), built / "down")
     manifest = run_campaign(folder)
-    assert [(entry.status, entry.error, entry.rank) for entry in manifest.runs] == [("finished", "", 1)] * 4
+    assert [(entry.status, entry.error, entry.rank) for entry in manifest.runs] == [("finished", "", 1)] * 2
     measured = score(path, folder)
-    assert {one.how for one in measured} == {"cont=2", "cont=3", "standard", "minimum=1"}
+    assert {one.how for one in measured} == {"cont=2", "standard"}
     assert all(one.accuracy in (0, 1) and one.grey in (0, 1) for one in measured)  # always 2
 
 
