@@ -70,5 +70,5 @@ def prompts(examples: Sequence[Answered], reader: Any) -> dict[str, Tensor]:
 
 def _prompt(example: Answered, reader: Any) -> Encoded:
     encoded = encode(example, reader)
-    size = encoded.labels.count(IGNORED)  # what is learnt follows
+    size = next(place for place, label in enumerate(encoded.labels) if label != IGNORED)
     return replace(encoded, input_ids=encoded.input_ids[:size], labels=encoded.labels[:size])
