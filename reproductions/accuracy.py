@@ -4,8 +4,10 @@
     python reproductions/accuracy.py logs/para --to para-rank=0.25 fixed=16
 
 writes accuracy.json into the campaign's folder (what is there is not measured again) and prints means over tasks.
-Of questions with choices, the likeliest answer counts; free answers are generated greedily and have to match.
-The runs of a task and a seed share one load of the model.
+Of questions with choices, the likeliest answer counts; free answers are generated greedily, and have to match or are
+measured as their task's are (see `vision_tasks.py`). Where there are images, everything is measured again with a
+plain grey one of the same size for each: what is still right was not seen. The runs of a task and a seed share one
+load of the model.
 """
 
 from __future__ import annotations
@@ -18,21 +20,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import vision_tasks
+from generation import completions
+from measures import METRICS
 
 from lora_squeeze.campaign.manifest import RunEntry, read_manifest, refreshed, run_folder
 from lora_squeeze.campaign.results import mean_of
-from lora_squeeze.data import Answered, read_examples
+from lora_squeeze.data import Answered, Example, images_of, read_examples, without_sight
 from lora_squeeze.decomposition import decompose
-from lora_squeeze.encoding import IGNORED, encode
 from lora_squeeze.evaluation.measure import evaluate, squeezed, trial_of
-from lora_squeeze.evaluation.subject import Contestant, Subject, activate, loaded, open_subject
+from lora_squeeze.evaluation.subject import Contestant, Subject, loaded, open_subject
 from lora_squeeze.formats.folder import new_file
 from lora_squeeze.training.settings import RunSettings, read_run_settings
 from lora_squeeze.verbs import choose_ranks, outcome
 
 FILE = "accuracy.json"
 LONGEST_ANSWER = 32  # tokens
+LONGEST_SEEN = 64  # where there are images: titles of books
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Measured:
         by which it was squeezed after training, "" for as trained; energy_kept: the share that this kept.
     how
         "direct", or the schedule by which the rank fell while training.
+    accuracy
+        or what the task's measure gives instead, a mean from 0 to 1.
+    grey
+        the same with every image grey; None where there are no images.
     """
 
     run: str
@@ -59,6 +67,7 @@ class Measured:
     parameters: int
     energy_kept: float
     accuracy: float
+    grey: float | None = None
 
 
 def measure(folder: Path, policies: Sequence[str], *, batch_size: int = 16) -> list[Measured]:
@@ -93,7 +102,7 @@ def _measure_together(
     finals = [str(run_folder(folder, entry).final) for entry, _ in runs]
     model = settings[0].model
     examples = read_examples(source)
-    subject = open_subject(finals, base=model.model, dtype=model.dtype, device=model.device)
+    subject = open_subject(finals, base=model.model, examples=examples, dtype=model.dtype, device=model.device)
     contestants: list[Contestant] = []
     rows: list[tuple[RunEntry, RunSettings, str, float]] = []
     for name, one, (entry, policies) in zip(subject.adapters, settings, runs, strict=True):
@@ -107,11 +116,15 @@ def _measure_together(
             else:
                 contestants.append(loaded(subject, name))
             rows.append((entry, one, policy, kept))
-    scores = _accuracies(subject, contestants, examples, batch_size)
+    task = Path(source).parent.name
+    sees = any(map(images_of, examples))
+    scores = _accuracies(subject, contestants, examples, task, batch_size)
+    blind = tuple(map(without_sight, examples))
+    unseen = _accuracies(subject, contestants, blind, task, batch_size) if sees else [None] * len(scores)
     return [
         Measured(
             run=entry.name,
-            task=Path(source).parent.name,
+            task=task,
             seed=entry.seed,
             steps=entry.steps,
             lr=one.training.lr,
@@ -122,68 +135,55 @@ def _measure_together(
             parameters=contestant.parameters,
             energy_kept=kept,
             accuracy=score,
+            grey=grey,
         )
-        for (entry, one, policy, kept), contestant, score in zip(rows, contestants, scores, strict=True)
+        for (entry, one, policy, kept), contestant, score, grey in zip(rows, contestants, scores, unseen, strict=True)
     ]
 
 
 def _accuracies(
-    subject: Subject, contestants: Sequence[Contestant], examples: Sequence[Any], batch_size: int
+    subject: Subject, contestants: Sequence[Contestant], examples: Sequence[Example], task: str, batch_size: int
 ) -> list[float]:
-    if isinstance(examples[0], Answered):
-        return [exact_matches(subject, one, examples, batch_size=batch_size) for one in contestants]
-    trial = trial_of(subject, examples, batch_size=batch_size)
-    found = evaluate(subject, contestants, trial, metrics=["accuracy"], draws=1)
-    return [one.metrics["accuracy"].value for one in found.adapters]
-
-
-@torch.no_grad()
-def exact_matches(subject: Subject, contestant: Contestant, examples: Sequence[Answered], *, batch_size: int) -> float:
-    """The share of examples whose greedy completion is one of the row's `accepted`, but for case and white space."""
-    activate(subject, contestant)
-    tokenizer, right = subject.tokenizer, 0
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        prompts = [_prompt(one, tokenizer) for one in batch]
-        width = max(map(len, prompts))
-        ids = [[tokenizer.pad_token_id] * (width - len(one)) + one for one in prompts]
-        mask = [[0] * (width - len(one)) + [1] * len(one) for one in prompts]
-        written = subject.model.generate(
-            input_ids=torch.tensor(ids, device=subject.device),
-            attention_mask=torch.tensor(mask, device=subject.device),
-            max_new_tokens=LONGEST_ANSWER,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for one, tokens in zip(batch, written, strict=True):
-            answer = tokenizer.decode(tokens[width:], skip_special_tokens=True)
-            right += _plain(answer) in [_plain(text) for text in one.fields["accepted"]]
-    return right / len(examples)
-
-
-def _prompt(example: Answered, tokenizer: Any) -> list[int]:
-    encoded = encode(example, tokenizer)
-    return [token for token, label in zip(encoded.input_ids, encoded.labels, strict=True) if label == IGNORED]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+    asked = [one for one in examples if isinstance(one, Answered)]
+    if not asked:
+        trial = trial_of(subject, examples, batch_size=batch_size)
+        found = evaluate(subject, contestants, trial, metrics=["accuracy"], draws=1)
+        return [one.metrics["accuracy"].value for one in found.adapters]
+    worth = METRICS[vision_tasks.TASKS[task].metric if task in vision_tasks.TASKS else "exact"]
+    longest = LONGEST_SEEN if any(map(images_of, asked)) else LONGEST_ANSWER
+    written = completions(subject, contestants, asked, batch_size=batch_size, max_tokens=longest)
+    return [
+        sum(worth(text, one.fields["accepted"]) for text, one in zip(texts, asked, strict=True)) / len(asked)
+        for texts in written
+    ]
 
 
 def summary(measured: Sequence[Measured]) -> list[str]:
-    """Means over tasks, then over seeds ± s.e.m., a line for every way; of these, only tasks that all seeds have."""
-    ways: defaultdict[tuple[Any, ...], defaultdict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    """Means over tasks, then over seeds ± s.e.m., a line for every way; of these, only tasks that all seeds have.
+
+    Where there are images, the same with every image grey stands beside it.
+    """
+    ways: defaultdict[tuple[Any, ...], defaultdict[int, dict[str, Measured]]] = defaultdict(lambda: defaultdict(dict))
     for one in measured:
-        ways[one.how, one.source_rank, one.lr, one.steps, one.policy][one.seed][one.task] = one.accuracy
-    lines = [f"{'how':<12} {'rank':>4} {'lr':>6} {'steps':>6}  {'squeezed by':<18} {'accuracy':>16}  tasks"]
+        ways[one.how, one.source_rank, one.lr, one.steps, one.policy][one.seed][one.task] = one
+    sees = any(one.grey is not None for one in measured)
+    beside = f" {'images grey':>16}" if sees else ""
+    lines = [f"{'how':<12} {'rank':>4} {'lr':>6} {'steps':>6}  {'squeezed by':<18} {'accuracy':>16}{beside}  tasks"]
     for (how, rank, lr, steps, policy), seeds in sorted(ways.items()):
-        tasks = set.intersection(*(set(by_task) for by_task in seeds.values()))
+        tasks = sorted(set.intersection(*(set(by_task) for by_task in seeds.values())))
         if tasks:
-            mean = mean_of(mean_of(by_task[task] for task in tasks).mean for by_task in seeds.values())
-            shown = f"{mean.mean:.2%} ± {mean.error:.2%}"
-            lines.append(f"{how:<12} {rank:>4} {lr:>6g} {steps:>6}  {policy:<18} {shown:>16}  {len(tasks)}")
+            chosen = [[by_task[task] for task in tasks] for by_task in seeds.values()]
+            shown = f"{_mean([[one.accuracy for one in some] for some in chosen]):>16}"
+            if sees:
+                grey = [[one.grey for one in some if one.grey is not None] for some in chosen]
+                shown += f" {_mean(grey) if all(grey) else '':>16}"
+            lines.append(f"{how:<12} {rank:>4} {lr:>6g} {steps:>6}  {policy:<18} {shown}  {len(tasks)}")
     return lines
+
+
+def _mean(by_seed: Sequence[Sequence[float]]) -> str:
+    mean = mean_of(mean_of(values).mean for values in by_seed)
+    return f"{mean.mean:.2%} ± {mean.error:.2%}"
 
 
 def gains(measured: Sequence[Measured]) -> dict[tuple[int, int], float]:

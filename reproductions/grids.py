@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks import TASKS
+import tasks
+import vision_tasks
 
 HERE = Path(__file__).parent
 
@@ -24,12 +25,40 @@ TEXT_PART = "target_modules = ['language_model\\.layers\\..*_proj']\n"
 
 
 @dataclass(frozen=True)
+class Suite:
+    """Tasks, the folder in which their rows lie, and what has to be run before.
+
+    title
+        what is added to a model's name.
+    training
+        further keys of `[training]`.
+    """
+
+    tasks: tuple[str, ...]
+    folder: str
+    first: str
+    title: str = ""
+    training: str = ""
+
+
+TEXT = Suite(tuple(tasks.TASKS), "build/tasks", "python reproductions/tasks.py build/tasks")
+VISION = Suite(
+    tuple(vision_tasks.TASKS),
+    "build/vision",
+    "python reproductions/vision_tasks.py build/vision --from slices",
+    title=", vision-language",
+    training="data_workers = 4\n",  # the GPU shall not wait while images are opened
+)
+
+
+@dataclass(frozen=True)
 class Model:
-    """A Gemma 3 and the highest rank whose best rate was the higher one, 0.03 instead of 0.01."""
+    """A Gemma 3, what it is trained on, and the highest rank whose best rate was the higher one, 0.03, not 0.01."""
 
     name: str
     high_rate_up_to: int
     lora: str = ""
+    suite: Suite = TEXT
 
     def rate(self, rank: int) -> float:
         """The best learning rate at this rank."""
@@ -40,44 +69,45 @@ MODELS = {
     "1b": Model("google/gemma-3-1b-it", 2),
     "4b": Model("google/gemma-3-4b-it", 4, TEXT_PART),
     "12b": Model("google/gemma-3-12b-it", 4, TEXT_PART),
+    "4b-vision": Model("google/gemma-3-4b-it", 0, TEXT_PART, VISION),  # 0.01 at every rank
 }
 
 
-def condition(task: str, rank: int, rate: float, more: str = "") -> str:
+def condition(model: Model, task: str, rank: int, rate: float, more: str = "") -> str:
     """One line of a campaign. alpha = rank: the update is the product of the factors, as in the paper."""
-    source, test = (f"build/tasks/{task}/{part}.jsonl" for part in ("train", "test"))
+    source, test = (f"{model.suite.folder}/{task}/{part}.jsonl" for part in ("train", "test"))
     data = f'data = {{ source = "{source}", eval_source = "{test}" }}'
     return f"{{ lora_rank = {rank}, alpha = {rank}, lr = {rate:g}{more}, {data} }}"
 
 
 def rates(model: Model) -> Iterator[str]:
     """Every learning rate at every rank."""
-    for task in TASKS:
+    for task in model.suite.tasks:
         for rank in RANKS:
             for rate in RATES:
-                yield condition(task, rank, rate)
+                yield condition(model, task, rank, rate)
 
 
 def direct(model: Model, ranks: Sequence[int] = RANKS) -> Iterator[str]:
     """Every rank at its best learning rate."""
-    for task in TASKS:
+    for task in model.suite.tasks:
         for rank in ranks:
-            yield condition(task, rank, model.rate(rank))
+            yield condition(model, task, rank, model.rate(rank))
 
 
 def down_to_one(model: Model) -> Iterator[str]:
     """Rank 1 trained for as long as the others, squeezed to before the last steps, and reached in stages."""
     low, high = model.rate(1), model.rate(128)
-    for task in TASKS:
+    for task in model.suite.tasks:
         for further in (200, LONGER):
-            yield condition(task, 1, low, f", max_steps = {STEPS + further}")
+            yield condition(model, task, 1, low, f", max_steps = {STEPS + further}")
         for further in (200, LONGER):
             again = f'schedule = "cont={further}", target_rank = 1, optimizer_state = "reset"'
             again += f', lr_after_switch = "rewarm", rewarm_steps = 100, lr_by_rank = {{ 1 = {low:g} }}'
-            yield condition(task, 128, high, f", max_steps = {STEPS + further}, {again}")
+            yield condition(model, task, 128, high, f", max_steps = {STEPS + further}, {again}")
         for schedule in ("standard", "minimum=200"):
             stages = f'schedule = "{schedule}", target_rank = 1'
-            yield condition(task, 128, high, f", max_steps = {STEPS + LONGER}, {stages}")
+            yield condition(model, task, 128, high, f", max_steps = {STEPS + LONGER}, {stages}")
 
 
 def campaign(model: Model, conditions: Iterator[str], *, title: str, seeds: Sequence[int], score: str) -> str:
@@ -87,7 +117,7 @@ def campaign(model: Model, conditions: Iterator[str], *, title: str, seeds: Sequ
     arguments = ", ".join(f'"{one}"' for one in score.split())
     return f"""\
 # {title}
-# Written by reproductions/grids.py. First: python reproductions/tasks.py build/tasks
+# Written by reproductions/grids.py. First: {model.suite.first}
 
 [campaign]
 seeds = {list(seeds)}
@@ -107,7 +137,7 @@ max_length = 1024
 warmup_steps = 1000
 lr_schedule = "constant"
 save_every = 1000
-
+{model.suite.training}
 [optimizer]
 name = "adafactor"
 
@@ -123,21 +153,22 @@ def files() -> Iterator[tuple[Path, str]]:
     """Every campaign: where it lies, and what it says."""
     all_ranks = "--to " + " ".join(map(str, RANKS[:-1]))
     paper = HERE / "lora-squeeze"
-    for size in ("1b", "4b"):
-        model = MODELS[size]
-        title = f"LoRA-Squeeze, Gemma 3 {size.upper()}"
+    for name in ("1b", "4b", "4b-vision"):
+        model = MODELS[name]
+        title = f"LoRA-Squeeze, Gemma 3 {name.partition('-')[0].upper()}{model.suite.title}"
+        if model.suite is TEXT:
+            yield (
+                paper / f"{name}-rates.toml",
+                campaign(
+                    model,
+                    rates(model),
+                    title=f"{title}: every learning rate at every rank.",
+                    seeds=SEEDS[:1],
+                    score=all_ranks,
+                ),
+            )
         yield (
-            paper / f"{size}-rates.toml",
-            campaign(
-                model,
-                rates(model),
-                title=f"{title}: every learning rate at every rank.",
-                seeds=SEEDS[:1],
-                score=all_ranks,
-            ),
-        )
-        yield (
-            paper / f"{size}-direct.toml",
+            paper / f"{name}-direct.toml",
             campaign(
                 model,
                 direct(model),
@@ -147,7 +178,7 @@ def files() -> Iterator[tuple[Path, str]]:
             ),
         )
         yield (
-            paper / f"{size}-down-to-one.toml",
+            paper / f"{name}-down-to-one.toml",
             campaign(
                 model,
                 down_to_one(model),

@@ -172,12 +172,16 @@ def write_task(name: str, folder: Path, *, slices: Path | None = None) -> dict[s
     (folder / name).mkdir(parents=True, exist_ok=True)
     for part, source in (("train", task.train), ("test", task.test)):
         rows = [task.row(one.fields) for one in read_rows(str(slices / name / f"{part}.jsonl") if slices else source)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        unfinished = folder / name / f".{part}.jsonl"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(folder / name / f"{part}.jsonl")
+        write_rows(rows, folder / name / f"{part}.jsonl")
         counts[part] = len(rows)
     return counts
+
+
+def write_rows(rows: Sequence[Fields], file: Path) -> None:
+    """One row a line; the file is there when all of it is written."""
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    unfinished.replace(file)
 
 
 def main() -> None:
