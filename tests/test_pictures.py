@@ -171,6 +171,13 @@ def test_images_that_are_no_files_are_known_by_their_content(value):
     assert picture_of(picture) is picture
 
 
+def test_a_photo_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    Image.new("RGB", (5, 3), (200, 30, 60)).save(tmp_path / "photo.jpg", exif=exif)
+    assert opened(picture_of("photo.jpg", tmp_path)).size == (3, 5)
+
+
 def test_a_grey_image_has_the_same_size(rows):
     (example,) = rows({"text": "a", "image": "photos/one.png"})
     (grey,) = images_of(without_sight(example))

@@ -87,11 +87,12 @@ def pictures_of(fields: Mapping[str, Any], folder: Path = Path()) -> tuple[Pictu
 
 
 def opened(picture: Picture) -> Any:
-    """The PIL image, in RGB. Raises DataError, with its name, if it cannot be read."""
-    pil = require("PIL.Image", "vision")
+    """The PIL image, upright (EXIF) and in RGB. Raises DataError, with its name, if it cannot be read."""
+    pil, operations = require("PIL.Image", "vision"), require("PIL.ImageOps", "vision")
     try:
         with pil.open(io.BytesIO(picture.read())) as image:
-            return pil.new("RGB", image.size, GREY) if picture.blank else image.convert("RGB")
+            upright = operations.exif_transpose(image)
+            return pil.new("RGB", upright.size, GREY) if picture.blank else upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
         raise DataError(f"image '{picture.name}': cannot be read: {error}") from error
 
