@@ -72,6 +72,10 @@ def adam(kind, **options):
     return lambda parameters: kind(parameters, lr=1e-3, **options)
 
 
+def lion(parameters):
+    return pytest.importorskip("lion_pytorch").Lion(parameters, lr=1e-3)
+
+
 def bitsandbytes(name, **options):
     def make(parameters):
         bnb = pytest.importorskip("bitsandbytes")
@@ -96,6 +100,7 @@ OPTIMIZERS = {
     "Adafactor (transformers)": lambda parameters: transformers.optimization.Adafactor(
         parameters, lr=1e-3, relative_step=False, scale_parameter=False, beta1=0.9
     ),
+    "Lion (lion-pytorch)": lion,
     "bitsandbytes AdamW": bitsandbytes("AdamW"),
     "bitsandbytes AdamW8bit": bitsandbytes("AdamW8bit", min_8bit_size=64),
     "bitsandbytes PagedAdamW8bit": bitsandbytes("PagedAdamW8bit", min_8bit_size=64),
