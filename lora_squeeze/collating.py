@@ -7,12 +7,11 @@ given the text up to where the last image has been read; what follows is joined 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import SequenceMatcher
 from typing import Any
 
 from lora_squeeze.data import opened
 from lora_squeeze.encoding import IGNORED, Encoded
-from lora_squeeze.errors import LoraSqueezeError, ModelError
+from lora_squeeze.errors import DataError, ModelError
 from lora_squeeze.extras import require
 from lora_squeeze.seeing import Seeing
 
@@ -36,17 +35,22 @@ def collate(encoded: Iterable[Encoded], reader: Any) -> dict[str, Any]:
         }
     seen = _seen(rows, reader)
     lengths = [sum(one) for one in seen.pop("attention_mask").tolist()]
-    ids: list[list[int]] = [one[:size] for one, size in zip(seen.pop("input_ids").tolist(), lengths, strict=True)]
-    labels = [_labels(row, head) for row, head in zip(rows, ids, strict=True)]
+    read = [one[:size] for one, size in zip(seen.pop("input_ids").tolist(), lengths, strict=True)]
+    heads: list[list[int]] = [[*row.input_ids[: row.lead], *one] for row, one in zip(rows, read, strict=True)]
     tails = [row.input_ids[row.head_size :] for row in rows]
+    labels = [_labels(row, head, reader) for row, head in zip(rows, heads, strict=True)]
     batch: dict[str, Any] = {
-        "input_ids": _padded([[*h, *t] for h, t in zip(ids, tails, strict=True)], reader.tokenizer.pad_token_id),
-        "attention_mask": _padded([[1] * (len(h) + len(t)) for h, t in zip(ids, tails, strict=True)], 0),
+        "input_ids": _padded([[*h, *t] for h, t in zip(heads, tails, strict=True)], reader.tokenizer.pad_token_id),
+        "attention_mask": _padded([[1] * len(one) for one in labels], 0),
         "labels": _padded(labels, IGNORED),
     }
     for name, values in seen.items():
+        if name == "cross_attention_mask":
+            raise ModelError(
+                f"{type(reader.processor).__name__} says token by token which images are seen: not supported"
+            )
         of_tokens = name.endswith("token_type_ids")  # which token is text, which is an image
-        batch[name] = _padded(_continued(values.tolist(), lengths, tails), 0) if of_tokens else values
+        batch[name] = _padded(_continued(values.tolist(), rows, lengths, tails), 0) if of_tokens else values
     return batch
 
 
@@ -64,25 +68,46 @@ def _seen(rows: Sequence[Encoded], seeing: Seeing) -> dict[str, Any]:
                 return_tensors="pt",
             )
         )
-    except LoraSqueezeError:
-        raise
     except Exception as error:  # what a processor raises is up to its author
-        names = ", ".join(one.name for row in rows for one in row.images)
-        raise ModelError(f"the model's processor does not take these images ({names}): {error}") from error
+        names = "; ".join(str(one) for row in rows for one in row.images)
+        raise ModelError(f"the model's processor does not take {names}: {error}") from error
 
 
-def _labels(row: Encoded, head: Sequence[int]) -> list[int]:
-    """The labels of a whole row: none for what stands for images."""
-    before, learnt = row.input_ids[: row.head_size], row.labels[: row.head_size]
-    labels = [IGNORED] * len(head)
-    if any(label != IGNORED for label in learnt):
-        for place, there, size in SequenceMatcher(None, before, head, autojunk=False).get_matching_blocks():
-            labels[there : there + size] = learnt[place : place + size]
-    return [*labels, *row.labels[row.head_size :]]
+def _labels(row: Encoded, head: Sequence[int], seeing: Seeing) -> list[int]:
+    """The labels of a whole row: none for what stands for images.
+
+    The words of the head stand in the processor's ids as they do in the row's, with the frames of images between
+    them; from the right, as what is learnt is mostly there. The word before an image may have grown together with
+    its frame (as newlines do): then it is not learnt.
+    """
+    found = [IGNORED] * len(head)
+    words = row.input_ids[: row.head_size]
+    at = len(head)
+    for place in range(len(words) - 1, -1, -1):
+        word, before_image = words[place], words[place + 1 : place + 2] == (seeing.token_id,)
+        if word == seeing.token_id:
+            while at and head[at - 1] in seeing.frame:
+                at -= 1
+        elif at and head[at - 1] == word:
+            at -= 1
+            found[at] = row.labels[place]
+        elif before_image and at < len(head) and head[at] == word:
+            found[at] = row.labels[place]  # it also occurs in frames, and was taken for a part of one
+        elif not before_image:
+            raise DataError(f"{row.images[0]}: what is to be learnt between its images cannot be told from them")
+        elif at and not (place and head[at - 1] == words[place - 1]):
+            at -= 1  # it has grown together with the frame, into a word of which frames know nothing
+    return [*found, *row.labels[row.head_size :]]
 
 
-def _continued(values: list[list[int]], lengths: Sequence[int], tails: Sequence[Sequence[int]]) -> list[list[int]]:
-    return [[*one[:size], *[0] * len(tail)] for one, size, tail in zip(values, lengths, tails, strict=True)]
+def _continued(
+    values: list[list[int]], rows: Sequence[Encoded], lengths: Sequence[int], tails: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Types of tokens, 0 being a text, for what was joined to the heads."""
+    return [
+        [*[0] * row.lead, *one[:size], *[0] * len(tail)]
+        for one, row, size, tail in zip(values, rows, lengths, tails, strict=True)
+    ]
 
 
 def _padded(values: Iterable[Sequence[int]], filler: int) -> Any:

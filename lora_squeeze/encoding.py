@@ -10,7 +10,7 @@ An image is a single token here; `lora_squeeze.collating` shows it to the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lora_squeeze.data import (
@@ -30,7 +30,7 @@ from lora_squeeze.data import (
 from lora_squeeze.data.examples import with_places
 from lora_squeeze.data.messages import PLACE
 from lora_squeeze.errors import DataError, ModelError
-from lora_squeeze.seeing import Seeing
+from lora_squeeze.seeing import Seeing, tokenizer_of
 
 __all__ = ["IGNORED", "Encoded", "encode", "encode_class", "pieces_of", "prompt_text"]
 
@@ -42,9 +42,10 @@ class Encoded:
     """Token ids and, of the same length, labels: the id again where the token is to be learnt, else IGNORED.
 
     images
-        that the model is shown. Each is a single mark among the token ids.
+        that the model is shown. Each is a single token among the ids.
     head
-        the text up to where the last image has been read, with its marks; it is the first `head_size` of the ids.
+        the text up to where the last image has been read; it is the first `head_size` of the ids, without the `lead`
+        special tokens before it.
     """
 
     input_ids: tuple[int, ...]
@@ -52,6 +53,7 @@ class Encoded:
     images: tuple[Picture, ...] = ()
     head: str = ""
     head_size: int = 0
+    lead: int = 0
 
     @property
     def learnt(self) -> int:
@@ -65,7 +67,7 @@ def encode(example: Example, reader: Any, *, max_length: int = 0, completion_onl
     reader
         the tokenizer, or `lora_squeeze.seeing.Seeing`.
     max_length
-        in tokens, an image counting as one; what is longer loses its end. 0: no limit.
+        in tokens, an image counting as one; what is longer loses its end, and the images there. 0: no limit.
     completion_only
         whether prompts are left out of the loss.
 
@@ -73,16 +75,23 @@ def encode(example: Example, reader: Any, *, max_length: int = 0, completion_onl
     a tokenizer alone cannot show.
     """
     pieces = pieces_of(example, reader)
-    tokenizer = reader.tokenizer if isinstance(reader, Seeing) else reader
+    tokenizer = tokenizer_of(reader)
     ids, counts, ends = _encode_pieces(pieces, tokenizer)
     end = tokenizer.eos_token_id
     if _conversation(example) is None and end is not None and ids[-1:] != [end]:  # a template sets its own end
         ids, counts = [*ids, end], [*counts, True]
     everything = not completion_only
     labels = [one if counted or everything else IGNORED for one, counted in zip(ids, counts, strict=True)]
-    if isinstance(reader, Seeing) and (images := images_of(example)):
-        return _with_images(Encoded(tuple(ids), tuple(labels), images), pieces, ends, reader, max_length)
-    return Encoded(tuple(ids[: max_length or None]), tuple(labels[: max_length or None]))
+    encoded = Encoded(tuple(ids[: max_length or None]), tuple(labels[: max_length or None]))
+    if not isinstance(reader, Seeing):
+        return encoded
+    shown = ids.count(reader.token_id)
+    if shown != len(images_of(example)):
+        raise DataError(
+            f"{_named(example)}: the model would be shown {len(images_of(example))} images and find {shown} places "
+            f"for them; is {reader.token} in a text, or an image after the last thing to learn, or with the system?"
+        )
+    return _with_head(encoded, pieces, ends, images_of(example), reader)
 
 
 def encode_class(example: Labelled, tokenizer: Any, labels: Sequence[str], *, max_length: int = 0) -> dict[str, Any]:
@@ -107,12 +116,32 @@ def pieces_of(example: Example, reader: Any) -> list[tuple[str, bool]]:
     if not images:
         return _pieces(example, reader)
     if not isinstance(reader, Seeing):
-        raise ModelError(f"image '{images[0].name}': the model reads only texts; columns image = '' ignores images")
+        raise ModelError(f"{images[0]}: the model reads only texts; columns image = '' ignores images")
     try:
         example = with_places(example)
     except ValueError as error:
-        raise DataError(f"image '{images[0].name}': {error}") from error
-    return [(text.replace(PLACE, reader.mark), learnt) for text, learnt in _pieces(example, reader)]
+        raise DataError(f"{images[0]}: {error}") from error
+    pieces: list[tuple[str, bool]] = []
+    for piece, learnt in _pieces(example, reader):
+        for number, text in enumerate(piece.split(PLACE)):
+            pieces += [(reader.mark, False)] * (number > 0) + [(text, learnt)] * bool(text)
+    return _joined(pieces)
+
+
+def _joined(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """What is only read is one piece up to what is learnt."""
+    joined: list[tuple[str, bool]] = []
+    for text, learnt in pieces:
+        if joined and not learnt and not joined[-1][1]:
+            joined[-1] = (joined[-1][0] + text, False)
+        else:
+            joined.append((text, learnt))
+    return joined
+
+
+def _named(example: Example) -> str:
+    images = images_of(example)
+    return str(images[0]) if images else repr(example)[:60]
 
 
 def _pieces(example: Example, reader: Any) -> list[tuple[str, bool]]:
@@ -142,22 +171,30 @@ def _conversation(example: Example) -> tuple[Message, ...] | None:
             return None
 
 
-def _with_images(
-    encoded: Encoded, pieces: Sequence[tuple[str, bool]], ends: Sequence[int], seeing: Seeing, max_length: int
+def _with_head(
+    encoded: Encoded, pieces: Sequence[tuple[str, bool]], ends: Sequence[int], images: Sequence[Picture], seeing: Seeing
 ) -> Encoded:
-    """Where the last image has been read; an example that is cut off before that has nothing left to learn."""
-    last = max(number for number, (text, _) in enumerate(pieces) if seeing.token in text)
-    head, size = "".join(text for text, _ in pieces[: last + 1]), ends[last]
-    bos = seeing.tokenizer.bos_token
-    if bos and encoded.input_ids[0] == seeing.tokenizer.bos_token_id and not head.startswith(bos):
-        head = bos + head
-    ids, shown = encoded.input_ids, seeing.tokenizer.convert_tokens_to_ids(seeing.token)
-    labels = tuple(IGNORED if one == shown else label for one, label in zip(ids, encoded.labels, strict=True))
-    if max_length and max_length <= size:
-        labels = (IGNORED,) * len(ids)
-    elif max_length:
-        ids, labels = ids[:max_length], labels[:max_length]
-    return replace(encoded, input_ids=ids, labels=labels, head=head, head_size=size)
+    """With the images that are left after the end was cut off, and the text up to where the last has been read.
+
+    That is the end of the prompt around it, so that the processor reads it as a whole; where the prompt is cut, or
+    the image stands in what is learnt, it ends with the image.
+    """
+    ids = encoded.input_ids
+    places = [at for at, one in enumerate(ids) if one == seeing.token_id]
+    if not places:
+        return encoded
+    labels = tuple(IGNORED if at in places else label for at, label in enumerate(encoded.labels))
+    text, bos = "", seeing.tokenizer.bos_token_id
+    lead = int(bos is not None and ids[0] == bos and not _begins_with_special(pieces[0][0], seeing.tokenizer))
+    for (piece, learnt), end in zip(pieces, ends, strict=True):
+        if end > places[-1]:
+            whole = not learnt and end <= len(ids)
+            left = len(places) - text.count(seeing.token)
+            text += piece if whole else seeing.token.join(piece.split(seeing.token)[:left]) + seeing.token
+            size = end if whole else places[-1] + 1
+            return Encoded(ids, labels, tuple(images[: len(places)]), text, size, lead)
+        text += piece
+    raise AssertionError("a token of the pieces is in none of them")
 
 
 def _encode_pieces(pieces: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[bool], list[int]]:
@@ -202,11 +239,11 @@ def _begins_with_special(text: str, tokenizer: Any) -> bool:
 
 
 def _render(messages: Sequence[Message], reader: Any, *, reply: bool) -> str:
-    sees = isinstance(reader, Seeing)
-    turns = [{"role": one.role, "content": reader.content(one) if sees else one.content} for one in messages]
-    template = reader.processor if sees and reader.takes_parts else reader.tokenizer if sees else reader
     try:
-        return template.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply)
+        if isinstance(reader, Seeing):
+            return reader.render(list(messages), add_generation_prompt=reply)
+        turns = [{"role": one.role, "content": one.content} for one in messages]
+        return reader.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply)
     except Exception as error:  # what a template raises is up to its author
         raise ModelError(f"the model's chat template does not take this conversation: {error}") from error
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,6 +38,7 @@ __all__ = [
     "load_model",
     "load_seeing",
     "load_tokenizer",
+    "plain_template",
     "task_of",
     "write_labels",
 ]
@@ -48,13 +50,24 @@ QUANTIZATIONS = ("4bit", "8bit")
 
 LABELS = "labels.json"  # beside an adapter that classifies: what its classes are called
 
-# For base models without a template of their own; it is saved with the tokenizer.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
-    "{{ message.role.capitalize() }}: {{ message.content | trim }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n' }}Assistant:{% endif %}"
-)
+
+def plain_template(image_token: str = "") -> str:
+    """A chat template for base models without one of their own; it is saved with the tokenizer or processor.
+
+    image_token
+        what stands for an image in messages in parts.
+    """
+    part = f"{{{{ '{image_token}' if part.type == 'image' else part.text }}}}"
+    return (
+        "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}{{ message.role.capitalize() }}: "
+        "{% if message.content is string %}{{ message.content | trim }}"
+        f"{{% else %}}{{% for part in message.content %}}{part}{{% endfor %}}{{% endif %}}"
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n' }}Assistant:{% endif %}"
+    )
+
+
+PLAIN_TEMPLATE = plain_template()
 
 _CONFIG = "adapter_config.json"
 _PLAIN_NAME = re.compile(r"[\w.-]+")
@@ -113,7 +126,11 @@ def load_seeing(source: str, *, revision: str = "") -> Seeing:
     tokenizer = load_tokenizer(source, revision=revision)
     vars(processor)["tokenizer"] = tokenizer
     try:
-        return seeing_of(processor, tokenizer)
+        found = seeing_of(processor, tokenizer)
+        if processor.chat_template is None and tokenizer.chat_template == PLAIN_TEMPLATE:
+            processor.chat_template = tokenizer.chat_template = plain_template(found.token)
+            found = seeing_of(processor, tokenizer)
+        return found
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
 
@@ -140,7 +157,7 @@ def load_model(
 
     Raises ModelError for what cannot be found or read.
     """
-    transformers, torch = require("transformers", "train"), require("torch", "train")
+    torch = require("torch", "train")
     where, options = _where(source, revision)
     place = device_of(device)
     if task == "sequence-classification":
@@ -160,12 +177,26 @@ def load_model(
             raise ModelError(f"{source}: {what} and quantization = '{quantization}' do not go together")
         options |= {"quantization_config": _quantized(quantization, dtype), "device_map": {"": place}}
     try:
-        model = getattr(transformers, _CLASSES[task]).from_pretrained(where, dtype=wanted, **options)
+        model = _from_pretrained(task, where, dtype=wanted, **options)
     except Exception as error:  # OSError, ValueError, KeyError, network errors: whatever was in the files
         raise ModelError(f"{source}: cannot be loaded as {task}: {_reason(error)}") from error
     if "gguf_file" in options:
         _forget_quantisation(model)
     return (model if quantization else model.to(place)).eval()
+
+
+def _from_pretrained(task: Task, where: str, **options: Any) -> Any:
+    transformers = require("transformers", "train")
+    try:
+        return getattr(transformers, _CLASSES[task]).from_pretrained(where, **options)
+    except ValueError as error:
+        # Some models that see have no class for texts alone.
+        if task != "causal-lm" or "Unrecognized configuration class" not in str(error):
+            raise
+        try:
+            return transformers.AutoModelForImageTextToText.from_pretrained(where, **options)
+        except ValueError:
+            raise error from None
 
 
 def _quantized(quantization: str, dtype: str) -> Any:
@@ -256,9 +287,26 @@ def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str 
     if Path(path).exists() and not (Path(path) / _CONFIG).exists():
         raise AdapterError(f"{path}: holds no {_CONFIG}; only PEFT adapters can be loaded onto a model")
     try:
-        return peft.PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            adapted = peft.PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
     except Exception as error:  # a missing file, other shapes, an unknown type: whatever was in the folder
         raise AdapterError(f"{path}: cannot be loaded onto {type(model).__name__}: {_reason(error)}") from error
+    _check_complete(path, model, said)
+    return adapted
+
+
+def _check_complete(path: str, model: Any, said: Sequence[warnings.WarningMessage]) -> None:
+    """PEFT leaves factors that it does not find as they begin, which change nothing, and only warns."""
+    for one in said:
+        if "missing adapter keys" not in str(one.message):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        else:
+            first = str(one.message).partition("['")[2].partition("'")[0]
+            raise AdapterError(
+                f"{path}: does not fit {type(model).__name__}, which would have factors where it has none (first: "
+                f"{first}); it was trained on another model, or on another class of it"
+            )
 
 
 def task_of(model: Any) -> Task:

@@ -111,7 +111,25 @@ def test_parts_may_leave_their_images_to_a_column(rows):
 def test_a_row_without_an_image_is_read_as_before(rows):
     seen, unseen = rows({"text": "a", "image": "photos/one.png"}, {"text": "b", "image": None})
     assert (len(images_of(seen)), unseen) == (1, Text("b"))
-    assert rows({"text": "a", "image": "nowhere.png"}, columns={"image": ""}) == (Text("a"),)
+    assert rows({"text": "c", "image": {"bytes": None, "path": None}}) == (Text("c"),)
+    assert rows({"text": "a", "photo": "photos/one.png"}, {"text": "b"}, columns={"image": "photo"})[1] == Text("b")
+
+
+def test_images_can_be_ignored(rows):
+    ignored = {"image": ""}
+    assert rows({"text": "a", "image": "nowhere.png"}, columns=ignored) == (Text("a"),)
+    assert rows({"text": "a <image>", "images": ["nowhere.png"]}, columns=ignored) == (Text("a "),)
+    asked = [{"type": "image", "image": "nowhere.png"}, {"type": "text", "text": "q"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "a"}]
+    assert [one.content for one in rows({"messages": turns}, columns=ignored)[0].messages] == ["q", "a"]
+
+
+def test_other_fields_of_a_row_may_look_like_messages(rows):
+    assert rows({"text": "a", "meta": [{"content": [1, 2]}]}) == (Text("a"),)
+
+
+def test_a_list_may_stand_under_image(rows):
+    assert len(images_of(rows({"text": "a", "image": ["photos/one.png", "photos/one.png"]})[0])) == 2
 
 
 REFUSED = {
@@ -120,7 +138,17 @@ REFUSED = {
     "a number": ({"text": "", "image": 7}, "not int"),
     "nothing": ({"text": "", "image": ""}, "not str"),
     "a data: URI that is none": ({"text": "", "image": "data:image/png;base64,???"}, "not a data: URI in base64"),
-    "one under images": ({"text": "", "images": "photos/one.png"}, "'images' is a list"),
+    "a folder": ({"text": "", "image": "photos"}, "'photos' is not a file"),
+    "base64 without its head": ({"text": "", "image": "iVBORw0KGgo" * 400}, "base64 is spelled data:image/png;base64,"),
+    "bytes as text": ({"text": "", "image": {"bytes": "iVBORw0K", "path": None}}, "a data: URI"),
+    "a place without an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]},
+        "places for 1 images, and there are none",
+    ),
+    "a text part without a text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+        "is called a text and holds none",
+    ),
     "preferences": (
         {"prompt": "", "chosen": "", "rejected": "", "image": "photos/one.png"},
         "no method for preferences about images",
@@ -145,13 +173,15 @@ def test_what_is_no_image_is_refused_with_its_row(rows, name):
     with pytest.raises(DataError, match=r"rows\.jsonl, line 2: ") as caught:
         rows({"text": "a"}, fields)
     assert reason in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 def test_a_damaged_image_is_named_when_it_is_opened(tmp_path):
     (tmp_path / "bad.png").write_bytes(png()[:40])
-    picture = picture_of("bad.png", tmp_path)
-    with pytest.raises(DataError, match=r"image 'bad\.png': cannot be read"):
-        opened(picture)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "image": "bad.png"}')
+    (example,) = read_examples(str(tmp_path / "rows.jsonl"))
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: image 'bad\.png': cannot be read"):
+        opened(example.images[0])
 
 
 @pytest.mark.parametrize(
@@ -197,6 +227,18 @@ def test_images_of_a_data_set_stay_in_it(tmp_path):
     assert unseen.images == ()
 
 
+def test_lists_of_images_of_a_data_set_stay_in_it(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "images": datasets.List(datasets.Image())})
+    pictures = [Image.new("RGB", (5, 3), (200, 30, 60)), Image.new("RGB", (4, 4), (1, 2, 3))]
+    datasets.Dataset.from_dict({"text": ["a"], "images": [pictures]}, features=features).save_to_disk(
+        tmp_path / "saved"
+    )
+    (example,) = read_examples(str(tmp_path / "saved"))
+    assert [opened(one).size for one in example.images] == [(5, 3), (4, 4)]
+    assert all("partial(bytes" not in repr(one.read) and one.read.func.__name__ == "_cell" for one in example.images)
+
+
 def test_images_in_parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     columns = {"text": ["a"], "image": [Image.new("RGB", (5, 3), (200, 30, 60))]}
@@ -209,9 +251,25 @@ def test_images_in_parquet(tmp_path):
 def test_questions_about_one_image_stay_on_one_side_of_a_split():
     pictures = [picture_of(png((number, 0, 0))) for number in range(20)]
     examples = [Completion(f"{number}", "", (pictures[number % 20],)) for number in range(100)]
+    examples += [Completion("both", "", (pictures[0], pictures[1])), Completion("both", "", (pictures[1], pictures[2]))]
     training, held_out = split(examples, held_out=0.25, seed=1)
-    assert len(held_out) == 25
-    assert not {one.images for one in training} & {one.images for one in held_out}
+    assert 20 <= len(held_out) <= 45
+    assert not {image for one in training for image in one.images} & {image for one in held_out for image in one.images}
+    assert len(training) + len(held_out) == len(examples)
+
+
+def test_images_of_one_name_in_two_folders_are_two(tmp_path):
+    for folder, colour in (("a", (1, 2, 3)), ("b", (200, 100, 5))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(png(colour, size=(50, 40) if folder == "b" else (5, 3)))
+    assert picture_of("1.png", tmp_path / "a") != picture_of("1.png", tmp_path / "b")
+
+
+def test_wide_and_transparent_images_keep_what_they_show():
+    deep = Image.new("I;16", (2, 2), 40_000)
+    assert opened(picture_of(deep)).getpixel((0, 0)) == (156, 156, 156)
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert opened(picture_of(clear)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_ablating_needs_images(tmp_path):

@@ -1,12 +1,14 @@
 """Texts with images as models that see read them: three families of processors, the loss on words alone."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tiny import save_tiny_gemma, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, save_tiny_gemma, tiny_tokenizer
+from tokenizers import processors
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -23,11 +25,11 @@ from transformers import (
 )
 
 from lora_squeeze.collating import collate
-from lora_squeeze.data import Chat, Choice, Completion, Message, opened, picture_of
-from lora_squeeze.encoding import IGNORED, encode
+from lora_squeeze.data import Chat, Choice, Completion, Message, Text, opened, picture_of
+from lora_squeeze.encoding import IGNORED, encode, pieces_of
 from lora_squeeze.errors import DataError, ModelError
 from lora_squeeze.evaluation.rows import rows_of
-from lora_squeeze.models import attach_lora, load_seeing
+from lora_squeeze.models import attach_lora, load_model, load_seeing, plain_template
 from lora_squeeze.seeing import Seeing, seeing_of
 
 IN_PARTS = (
@@ -199,21 +201,62 @@ def test_names_mean_the_text_part_and_an_expression_reaches_the_rest(tmp_path):
     assert len(adapted(r".*q_proj")) == 3
 
 
-def test_length_is_counted_in_words_and_an_image_is_never_cut(family):
+def learnt_of(family: Family, example: Any, **options: Any) -> str:
+    """What of a batch is learnt, as text."""
+    labels = collate([encode(example, family.seeing, **options)], family.seeing)["labels"][0]
+    return family.seeing.tokenizer.decode(labels[labels != IGNORED])
+
+
+def test_length_is_counted_in_words_and_images_go_with_the_end(family):
     example = EXAMPLES["two images in their places"]
     whole = encode(example, family.seeing)
-    shorter = encode(example, family.seeing, max_length=len(whole.input_ids) - 2)
-    assert shorter.learnt == whole.learnt - 2
-    batch = collate([shorter], family.seeing)
-    assert (batch["labels"] != IGNORED).sum() == shorter.learnt
-    assert encode(example, family.seeing, max_length=whole.head_size).learnt == 0
+    size = len(whole.input_ids)
+    assert learnt_of(family, example, max_length=size - 2) == "tw"
+    for length in range(1, size + 1):
+        encoded = encode(example, family.seeing, max_length=length)
+        assert len(encoded.images) == encoded.input_ids.count(family.seeing.token_id)
+        batch = collate([encoded], family.seeing)
+        assert (batch["labels"] != IGNORED).sum() == encoded.learnt
+
+
+def test_a_long_text_with_an_image_loses_its_end(family):
+    assert learnt_of(family, Text("a long text", (RED,)), max_length=len(family.seeing.mark) + 6).startswith("a lon")
+    chat = Chat((*ASKED, Message("user", "so\ufffc"), Message("assistant", "bye")), (RED, BLUE, GREEN))
+    size = len(encode(EXAMPLES["a conversation"], family.seeing).input_ids)
+    assert learnt_of(family, chat, max_length=size) == "ok<eos>yes<eos>"
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>aa<image>a<image>a<image>b", "a<image>", "<image><image>b", "ab\n<image>\ncd"]
+)
+def test_words_between_images_are_learnt(family, text):
+    count = text.count("<image>")
+    found = learnt_of(family, Text(text, (RED, BLUE, GREEN, RED)[:count]))
+    # A newline may be one token with what frames an image.
+    assert found.replace("\n", "").replace("<unk>", "") == text.replace("<image>", "").replace("\n", "") + "<eos>"
+
+
+def test_a_token_for_the_beginning_stands_before_everything(family):
+    """As in Gemma's and Llama's tokenizers."""
+    tokenizer = copy.deepcopy(family.seeing.tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", bos)])
+    seeing = replace(family.seeing, tokenizer=tokenizer)
+    plain = collate([encode(EXAMPLES["one image"], family.seeing)], family.seeing)
+    batch = collate([encode(EXAMPLES["one image"], seeing)], seeing)
+    assert batch["input_ids"][0].tolist() == [bos, *plain["input_ids"][0].tolist()]
+    assert batch["labels"][0].tolist() == [IGNORED, *plain["labels"][0].tolist()]
+    assert {batch[name].shape for name in batch if name.endswith(("ids", "mask")) and batch[name].ndim == 2} == {
+        batch["input_ids"].shape
+    }
 
 
 def test_a_question_about_an_image_is_not_cut(family):
     question = Choice("Which?", ("red", "blue"), 0, (RED,))
     rows = rows_of([question], family.seeing, task="image-text-to-text")
     assert [row.encoded.images for row in rows] == [(RED,), (RED,)]
-    with pytest.raises(DataError, match=r"an image cannot be cut off: give --max-length \d+"):
+    with pytest.raises(DataError, match=r"the image at its beginning cannot be cut off: give --max-length \d+"):
         rows_of([question], family.seeing, task="image-text-to-text", max_length=5)
 
 
@@ -225,13 +268,40 @@ def test_prompts_are_learnt_if_asked_for_but_images_are_not(family):
     assert family.seeing.tokenizer.convert_tokens_to_ids(family.seeing.token) not in learnt.tolist()
 
 
-def test_a_text_that_names_the_token_itself_is_refused(family):
-    example = Completion(f"{family.seeing.token} is a token", "", (RED,))
-    if family.seeing.token == "<image>":
-        assert encode(example, family.seeing).images == (RED,)  # it says where the image stands
-    else:
-        with pytest.raises(ModelError, match="processor does not take these images"):
-            collate([encode(example, family.seeing)], family.seeing)
+MISPLACED = {
+    "in a text without images": lambda token: Completion(f"a {token} tag", "b"),
+    "in what is to be learnt": lambda token: Completion("a", f"{token} b", (RED,)),
+    "after the last reply": lambda _: Chat(
+        (Message("user", "q"), Message("assistant", "a"), Message("user", "\ufffc")), (RED,)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_an_image_without_a_place_and_a_place_without_an_image_are_refused(family, name):
+    with pytest.raises(DataError, match=r"would be shown \d images and find \d places"):
+        encode(MISPLACED[name](family.seeing.token), family.seeing)
+
+
+def test_a_processor_without_a_template_gets_one_that_shows_images(tmp_path):
+    save_tiny_gemma(tmp_path, sees=True)
+    seeing = load_seeing(str(tmp_path))
+    assert seeing.takes_parts
+    pieces = pieces_of(EXAMPLES["a conversation"], seeing)
+    assert pieces[0] == ("User: hi<image_starts>\nAssistant:", False)
+    assert seeing.processor.chat_template == plain_template("<image_starts>")
+
+
+def test_a_template_for_texts_alone_is_given_texts(tmp_path):
+    save_tiny_gemma(tmp_path, sees=True, template=CHAT_TEMPLATE)
+    seeing = load_seeing(str(tmp_path))
+    assert not seeing.takes_parts
+    assert pieces_of(EXAMPLES["a conversation"], seeing) == [
+        ("<|user|>hi<image_starts><eos><|assistant|>", False),
+        ("ok<eos>", True),
+        ("<|user|><image_starts>and?<eos><|assistant|>", False),
+        ("yes<eos>", True),
+    ]
 
 
 def test_a_tokenizer_alone_shows_no_image():
@@ -243,3 +313,13 @@ def test_a_model_without_a_processor_is_named(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="there are images in the data"):
         load_seeing(str(tmp_path))
+
+
+def test_a_model_that_has_no_class_for_texts_alone_reads_texts(tmp_path):
+    torch.manual_seed(0)
+    made = llava(tmp_path)
+    made.model.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), device="cpu")
+    assert type(model) is LlavaForConditionalGeneration
+    tokenizer = made.seeing.tokenizer
+    assert model(**collate([encode(EXAMPLES["no image"], tokenizer)], tokenizer)).loss.isfinite()

@@ -151,13 +151,30 @@ def test_a_model_that_reads_only_texts_says_so(here, tmp_path, save):
     assert not (tmp_path / "run/final").exists()
 
 
-def test_a_damaged_image_ends_the_training_with_its_name(here, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_ends_the_training_with_its_name(here, tmp_path, workers):
     (tmp_path / "bad.png").write_bytes(b"no image")
     write(tmp_path / "rows.jsonl", [{"prompt": "Colour?", "completion": "red", "image": "bad.png"}] * 4)
     text = (here / "run.toml").read_text().replace(str(here / "learn.jsonl"), str(tmp_path / "rows.jsonl"))
-    (tmp_path / "run.toml").write_text(text.replace("eval_fraction = 0.2", ""))
+    text = text.replace("eval_fraction = 0.2", "").replace("save_every", f"data_workers = {workers}\nsave_every")
+    (tmp_path / "run.toml").write_text(text)
     said = run("train", tmp_path / "run.toml", "--out", tmp_path / "run", code=1)
+    assert f"{tmp_path}/rows.jsonl, line " in said
     assert "image 'bad.png': cannot be read" in said
+    assert "Traceback" not in said
+
+
+def test_an_adapter_of_texts_alone_is_not_taken_for_one_that_sees(here, tmp_path):
+    save_tiny_gemma(tmp_path / "blind")
+    learn = f'[model]\nmodel = "{tmp_path}/blind"\nlora_rank = 2\n[lora]\ntarget_modules = ["q_proj"]\n'
+    (tmp_path / "run.toml").write_text(f'{learn}[training]\nmax_steps = 1\n[data]\nsource = "builtin:sums:10"\n')
+    run("train", tmp_path / "run.toml", "--out", tmp_path / "run")
+    said = run("evaluate", tmp_path / "run/final", "--base", here / "sees", "--data", here / "ask.jsonl", code=1)
+    assert "it was trained on another model, or on another class of it" in " ".join(said.split())
+
+
+def test_texts_alone_are_measured_on_an_adapter_that_sees(trained):
+    assert json.loads(run("evaluate", trained, "--data", "builtin:sums:5", "--json"))[0]["examples"] == 5
 
 
 def test_without_pillow_the_extra_is_named(here, tmp_path, monkeypatch):

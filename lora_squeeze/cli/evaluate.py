@@ -73,6 +73,7 @@ def evaluate_command(
     if ablate_images and not any(map(images_of, examples)):
         raise click.UsageError("--ablate-images is for data with images, and there are none")
     subject = opened(data_options, adapters, examples)
+    found: list[Evaluation]
     contestants = _contestants(subject, (*(f"fixed={rank}" for rank in ranks), *policies), calibration, with_base)
     if tasks:
         found = _on_tasks(subject, contestants, tasks, include, few_shot, data_options, draws=draws, seed=seed)
@@ -83,7 +84,7 @@ def evaluate_command(
         variants = {source: examples}
         if ablate_images:
             variants[f"{source}, every image grey"] = tuple(map(without_sight, examples))
-        found: list[Evaluation] = []
+        found = []
         for data, one in variants.items():
             trial = trial_for(subject, data_options, one)
             with progress_of("Evaluating", trial.steps) as advance:

@@ -99,11 +99,9 @@ def split(examples: Sequence[One], *, held_out: float, seed: int = 0) -> tuple[t
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out:g} is not possible: it is a fraction of the examples, below 1")
     generator = random.Random(seed)
-    unique: defaultdict[str, list[One]] = defaultdict(list)
-    for example in examples:
-        unique[repr(images_of(example) or example)].append(example)
+    unique = _inseparable(examples)
     by_class: defaultdict[str, list[list[One]]] = defaultdict(list)
-    for equal in unique.values():
+    for equal in unique:
         by_class[equal[0].label if isinstance(equal[0], Labelled) else ""].append(equal)
     sides: tuple[list[One], list[One]] = ([], [])
     for name in sorted(by_class):
@@ -116,6 +114,25 @@ def split(examples: Sequence[One], *, held_out: float, seed: int = 0) -> tuple[t
     if held_out > 0 and not all(sides):
         raise DataError(f"{len(examples)} examples are too few to hold any out: give more, or held_out=0")
     return tuple(sides[0]), tuple(sides[1])
+
+
+def _inseparable(examples: Sequence[One]) -> list[list[One]]:
+    """Groups of examples that are equal, or share an image with one another, in the order of the first of each."""
+    group_of: dict[str, int] = {}
+    groups: list[list[One]] = []
+    for example in examples:
+        marks = [repr(image) for image in images_of(example)] or [repr(example)]
+        known = sorted({group_of[mark] for mark in marks if mark in group_of})
+        place = known[0] if known else len(groups)
+        if not known:
+            groups.append([])
+        for other in known[1:]:
+            groups[place] += groups[other]
+            groups[other] = []
+            group_of.update((mark, place) for mark, at in group_of.items() if at == other)
+        groups[place].append(example)
+        group_of.update(dict.fromkeys(marks, place))
+    return [group for group in groups if group]
 
 
 def labels_of(examples: Iterable[Example]) -> tuple[str, ...]:

@@ -11,8 +11,8 @@
 
 Other keys are ignored; other names for these are translated with `columns`.
 
-An image stands where the text says so: as a part {"type": "image"} of a message, or as the character
-U+FFFC. Where it does not, images come first: before a prompt, a question, a text, or what the user says first.
+An image stands where the text says so: as <image>, or as a part {"type": "image"} of a message. Where it does not,
+images come first: before a prompt, a question, a text, or what the user says first.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def example_of(row: Row, columns: Mapping[str, str] | None = None) -> Example:
     """Turn a row into the example that its keys say it is.
 
     columns
-        our key → the row's, as {"text": "sentence"}; for choices several, as "ending0, ending1"; "": the row
-        shall be read without it.
+        our key → the row's, as {"text": "sentence"}; for choices several, as "ending0, ending1". {"image": ""}
+        reads the row without its images.
 
     Raises DataError, with the row's place, if the keys fit nothing or a value is of the wrong type.
     """
@@ -139,8 +139,10 @@ def example_of(row: Row, columns: Mapping[str, str] | None = None) -> Example:
     for kind, (keys, build) in _KINDS.items():
         if all(any(one in fields for one in key.split("|")) for key in keys):
             try:
-                flat, brought = flattened(fields, row.folder)
-                return _with_images(build(flat), brought, pictures_of(fields, row.folder))
+                flat, brought, free = flattened(
+                    fields, _texts(keys), row.folder, ignore_images=columns is not None and columns.get("image") == ""
+                )
+                return _with_images(build(flat), brought, pictures_of(fields, row.folder), free=free, place=row.place)
             except ValueError as error:
                 raise DataError(f"{row.place}: {error} (read as {kind}: {', '.join(keys)})") from None
     raise DataError(
@@ -181,23 +183,36 @@ class _BadValue(ValueError):
     pass
 
 
-def _with_images(example: Example, brought: tuple[Picture, ...], beside: tuple[Picture, ...]) -> Example:
-    """With the images of its messages, or of the row's columns."""
+def _texts(keys: tuple[str, ...]) -> list[str]:
+    """The fields of a kind that hold texts or messages."""
+    return ["prompt", *(one for key in keys for one in key.split("|") if one not in ("label", "choices", "answer"))]
+
+
+def _with_images(
+    example: Example, brought: tuple[Picture, ...], beside: tuple[Picture, ...], *, free: int, place: str
+) -> Example:
+    """With the images of its messages, or of the row's columns; free: places in messages that bring none."""
     if not brought and not beside:
+        if free:
+            raise _BadValue(f"its messages have places for {free} images, and there are none")
         return example
     if isinstance(example, Preference):
         raise _BadValue("there is no method for preferences about images; columns image = '' reads the texts alone")
     if brought and beside:
         raise _BadValue("has images in its messages and in a column; give one of them")
-    return with_places(replace(example, images=brought or beside))
+    images = tuple(replace(one, place=place) for one in brought or beside)
+    return with_places(replace(example, images=images))
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     fields = dict(row.fields)
     for ours, theirs in columns.items():
         if not theirs:
-            fields.pop(ours, None)
+            for one in ("image", "images") if ours == "image" else (ours,):
+                fields.pop(one, None)
             continue
+        if ours in ("image", "images") and theirs not in row.fields:
+            continue  # rows without an image may be among the others
         names = [name.strip() for name in theirs.split(",")]
         if missing := [name for name in names if name not in row.fields]:
             known = ", ".join(map(str, row.fields))

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +18,7 @@ from lora_squeeze.data.images import Picture, picture_of
 __all__ = ["PLACE", "Message", "Prompt", "flattened", "placed"]
 
 PLACE = "\ufffc"  # Unicode's OBJECT REPLACEMENT CHARACTER: an image stands here
-WRITTEN = "<image>"  # the same as many data sets write it
+WRITTEN = "<image>"  # the same, as many data sets write it
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,48 @@ class Message:
 Prompt: TypeAlias = str | tuple[Message, ...]
 
 
-def flattened(fields: Mapping[str, Any], folder: Path = Path()) -> tuple[dict[str, Any], tuple[Picture, ...]]:
-    """The fields of a row with every message's content as one text, and the images that the messages brought.
+def flattened(
+    fields: Mapping[str, Any], keys: Iterable[str], folder: Path = Path(), *, ignore_images: bool = False
+) -> tuple[dict[str, Any], tuple[Picture, ...], int]:
+    """The fields of a row with each message's content as one text, the images that messages bring, and free places.
+
+    keys
+        of the fields that may hold messages.
+    ignore_images
+        leave out the images of messages, their places and WRITTEN.
 
     Raises ValueError for a part that is neither a text nor an image.
     """
     pictures: list[Picture] = []
+    free = 0
 
-    def flat(message: Any) -> Any:
-        if not isinstance(message, Mapping) or not _is_list(message.get("content")):
-            return message
-        return {**message, "content": "".join(_part(one, folder, pictures) for one in message["content"])}
+    def part(one: Any) -> str:
+        nonlocal free
+        text, image = _part(one)
+        if text is not None or ignore_images:
+            return text or ""
+        if image is None:
+            free += 1
+        else:
+            pictures.append(picture_of(image, folder))
+        return PLACE
 
-    flat_fields = {key: [flat(one) for one in value] if _is_list(value) else value for key, value in fields.items()}
-    return flat_fields, tuple(pictures)
+    def flat(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(WRITTEN, "") if ignore_images else value
+        if isinstance(value, Mapping) and "content" in value:
+            content = value["content"]
+            return {**value, "content": "".join(map(part, content)) if _is_list(content) else flat(content)}
+        return [flat(one) for one in value] if _is_list(value) else value
+
+    changed = {key: flat(fields[key]) for key in dict.fromkeys(keys) if key in fields}
+    return {**fields, **changed}, tuple(pictures), free
 
 
 def placed(text: Prompt, images: Sequence[Picture]) -> Prompt:
-    """A text, or messages, with a PLACE for each image: at the beginning, after the system's words, if there is none.
+    """A text, or messages, with a PLACE for each image: if there is none, at the beginning of what the user says first.
 
-    <image> is read as a place.
+    WRITTEN is read as a place.
 
     Raises ValueError if there are places, but not as many as images.
     """
@@ -67,7 +89,8 @@ def placed(text: Prompt, images: Sequence[Picture]) -> Prompt:
     front = PLACE * len(images)
     if isinstance(text, str):
         return front + text
-    first = next((number for number, one in enumerate(text) if one.role != "system"), 0)
+    roles = [one.role for one in text]
+    first = roles.index("user") if "user" in roles else next((at for at, one in enumerate(roles) if one != "system"), 0)
     seen = replace(text[first], content=front + text[first].content)
     return (*text[:first], seen, *text[first + 1 :])
 
@@ -76,15 +99,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _part(part: Any, folder: Path, pictures: list[Picture]) -> str:
+def _part(part: Any) -> tuple[str | None, Any]:
+    """A part's text, or None and the image that it brings; None twice for the place of an image."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError("a part of a message is called a text and holds none")
+        return part["text"], None
     if kind in ("image", "image_url"):
         address = part.get("image_url")
-        own = [address["url"] if isinstance(address, Mapping) and "url" in address else address]
+        own = [address.get("url") if isinstance(address, Mapping) else address]
         own += [part.get(key) for key in ("image", "path", "url")]
-        if found := [one for one in own if one is not None]:
-            pictures.append(picture_of(found[0], folder))
-        return PLACE
+        return None, next((one for one in own if one is not None), None)
     raise ValueError(f"a part of a message is a text or an image, not {kind or type(part).__name__}")

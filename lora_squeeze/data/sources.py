@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -167,7 +167,7 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
         found = found[chosen]
     elif split:
         raise DataError(f"{folder}: is one data set without splits; leave out ':{split}'")
-    return _dataset_rows(found, str(folder))
+    return (replace(row, folder=folder) for row in _dataset_rows(found, str(folder)))
 
 
 def _hub_rows(source: str) -> Iterator[Row]:
@@ -190,24 +190,38 @@ def _hub_rows(source: str) -> Iterator[Row]:
 def _dataset_rows(dataset: Any, name: str) -> Iterator[Row]:
     """Class labels are given by name, as in files; images stay in the data set until they are opened."""
     classes = {key: one.int2str for key, one in dataset.features.items() if hasattr(one, "int2str")}
-    pictures = [key for key, one in dataset.features.items() if type(one).__name__ == "Image"]
-    for key in pictures:
-        dataset = dataset.cast_column(key, require("datasets", "train").Image(decode=False))
+    pictures: list[str] = []
+    for key, one in dataset.features.items():
+        encoded = require("datasets", "train").Image(decode=False)
+        if type(one).__name__ == "Image":
+            pictures.append(key)
+            dataset = dataset.cast_column(key, encoded)
+        elif type(getattr(one, "feature", None)).__name__ == "Image":
+            pictures.append(key)
+            dataset = dataset.cast_column(key, type(one)(encoded))
     for number, fields in enumerate(dataset):
         named = {key: classes[key](fields[key]) for key in classes if fields[key] is not None and fields[key] >= 0}
-        seen = {key: _kept_there(dataset, number, key, fields[key]) for key in pictures if fields[key] is not None}
+        seen = {key: _kept_there(dataset, number, key, fields[key]) for key in pictures}
         yield Row(f"{name}, row {number + 1}", {**fields, **named, **seen})
 
 
-def _kept_there(dataset: Any, number: int, key: str, found: Mapping[str, Any]) -> Any:
-    """An image of a data set, which a list of examples would otherwise keep in memory."""
-    if found.get("bytes") is None:
+def _kept_there(dataset: Any, number: int, key: str, found: Any) -> Any:
+    """Images of a data set, which a list of examples would otherwise keep in memory."""
+    if isinstance(found, list):
+        return [_later(dataset, number, key, one, place) for place, one in enumerate(found)]
+    return _later(dataset, number, key, found)
+
+
+def _later(dataset: Any, number: int, key: str, found: Any, place: int | None = None) -> Any:
+    if found is None or found.get("bytes") is None:
         return found
-    return Picture(sha256(found["bytes"]).hexdigest(), partial(_cell, dataset, number, key))
+    name = sha256(found["bytes"]).hexdigest()
+    return Picture(name, len(found["bytes"]), partial(_cell, dataset, number, key, place))
 
 
-def _cell(dataset: Any, number: int, key: str) -> bytes:
-    return dataset[number][key]["bytes"]
+def _cell(dataset: Any, number: int, key: str, place: int | None) -> bytes:
+    found = dataset[number][key]
+    return (found if place is None else found[place])["bytes"]
 
 
 def _row(place: str, fields: Any) -> Row:

@@ -18,7 +18,7 @@ from lora_squeeze.data import Choice, Completion, Example, Labelled, images_of
 from lora_squeeze.encoding import IGNORED, Encoded, encode, encode_class
 from lora_squeeze.errors import DataError
 from lora_squeeze.models import Task
-from lora_squeeze.seeing import Seeing
+from lora_squeeze.seeing import tokenizer_of
 
 __all__ = ["PROMPT", "Batch", "Kind", "Row", "batches_of", "digest_of", "kind_of", "learnt_rows", "rows_of"]
 
@@ -139,7 +139,7 @@ def batches_of(
     device: str = "cpu",
     on_batch: Callable[[int], None] | None = None,
 ) -> Iterable[Batch]:
-    """Pad rows to batches, the longest first: what does not fit into memory shows at once.
+    """Pad rows to batches, the longest first: what does not fit into memory shows at once, but for large images.
 
     on_batch
         called with the number of rows when a batch has been used.
@@ -178,13 +178,12 @@ def _answer(example: Example, answer: str, reader: Any, prompt: str, max_length:
         raise DataError(f"the prompt {prompt!r} has no {{text}} in it, which stands for the question")
     whole = encode(Completion(prompt.replace("{text}", text), f" {answer}", images_of(example)), reader)
     ids, labels = whole.input_ids, whole.labels
-    tokenizer = reader.tokenizer if isinstance(reader, Seeing) else reader
-    if ids[-1] == tokenizer.eos_token_id:
+    if ids[-1] == tokenizer_of(reader).eos_token_id:
         ids, labels = ids[:-1], labels[:-1]
     if max_length and len(ids) > max_length:  # a question loses its beginning, never its answer
         if whole.images:
             raise DataError(
-                f"the question about image '{whole.images[0].name}' has {len(ids)} tokens, and an image cannot be cut "
+                f"{whole.images[0]}: the question has {len(ids)} tokens, and the image at its beginning cannot be cut "
                 f"off: give --max-length {len(ids)}, or 0"
             )
         ids, labels = ids[-max_length:], labels[-max_length:]

@@ -25,7 +25,7 @@ from lora_squeeze.models import (
     load_seeing,
     load_tokenizer,
 )
-from lora_squeeze.seeing import Seeing
+from lora_squeeze.seeing import tokenizer_of
 
 __all__ = ["Contestant", "Subject", "activate", "contestant_of", "loaded", "open_subject", "without_adapter"]
 
@@ -62,7 +62,6 @@ class Subject:
     """
 
     model: Any
-    tokenizer: Any
     reader: Any
     task: Task
     labels: tuple[str, ...]
@@ -70,6 +69,11 @@ class Subject:
     device: str
     adapters: Mapping[str, Adapter]
     originals: Mapping[str, tuple[_Placed, ...]] = field(repr=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of texts."""
+        return tokenizer_of(self.reader)
 
 
 def open_subject(
@@ -126,7 +130,6 @@ def open_subject(
     model.config.use_cache = False  # nothing is generated
     return Subject(
         model=model,
-        tokenizer=reader.tokenizer if isinstance(reader, Seeing) else reader,
         reader=reader,
         task=task,
         labels=known,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.annealing.callback import SqueezeCallback
-from lora_squeeze.errors import AdapterError, DataError, RankError, TrainingError
+from lora_squeeze.errors import AdapterError, DataError, ModelError, RankError, TrainingError
 from lora_squeeze.extras import require
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.folder import new_folder
@@ -241,6 +241,11 @@ def _train(trainer: Any, settings: RunSettings, run: RunFolder, checkpoint: Path
     with _wandb(settings):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (DataError, ModelError) as error:
+            if "Traceback" not in str(error):
+                raise
+            # A process that makes batches adds where in its code it was; its last line is what was said.
+            raise type(error)(str(error).rstrip().rpartition("\n")[2].partition("Error: ")[2]) from error
         except ValueError as error:
             if checkpoint is not None:
                 raise TrainingError(f"{checkpoint}: cannot be continued: {error}; --overwrite begins anew") from error

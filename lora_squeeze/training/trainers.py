@@ -9,7 +9,7 @@ from typing import Any
 from lora_squeeze.collating import collate
 from lora_squeeze.encoding import Encoded
 from lora_squeeze.extras import require
-from lora_squeeze.seeing import Seeing
+from lora_squeeze.seeing import Seeing, tokenizer_of
 from lora_squeeze.training.folder import RunFolder
 from lora_squeeze.training.inputs import (
     Inputs,
@@ -50,7 +50,7 @@ class Prepared:
     @property
     def tokenizer(self) -> Any:
         """Of texts."""
-        return self.reader.tokenizer if isinstance(self.reader, Seeing) else self.reader
+        return tokenizer_of(self.reader)
 
 
 def trainer_of(prepared: Prepared) -> tuple[Any, tuple[str, ...]]:
