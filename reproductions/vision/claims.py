@@ -30,19 +30,24 @@ def _seen(done: Done) -> Claim | None:
 
 def _same_rate(done: Done) -> Claim | None:
     high = best_rate(done, SOURCE)
-    changes = {rank: differences(findings.post(done, rank), findings.direct(done, rank, high)) for rank in DIRECT}
+    claim = "Tuned at the highest rank alone, Post-Squeeze beats direct training at every lower rank (Figure 3)"
+    return _against_direct(done, claim, dict.fromkeys(DIRECT, high))
+
+
+def _own_rate(done: Done) -> Claim | None:
+    claim = "With every rank at its own rate, Post-Squeeze gains a few tenths of a point (Figure 4)"
+    return _against_direct(done, claim, {rank: best_rate(done, rank) for rank in DIRECT})
+
+
+def _against_direct(done: Done, claim: str, rates: dict[int, float | None]) -> Claim | None:
+    changes = {
+        rank: differences(findings.post(done, rank), findings.direct(done, rank, rate)) for rank, rate in rates.items()
+    }
     found = {rank: one for rank, one in changes.items() if one}
     if not found:
         return None
     each = ", ".join(f"{points(one)} at rank {rank}" for rank, one in found.items())
-    claim = "Tuned at the highest rank alone, Post-Squeeze beats direct training at every lower rank (Figure 3)"
     return claim, f"{each}: {count(found.values())}", verdict(found.values())
-
-
-def _own_rate(done: Done) -> Claim | None:
-    found = differences(findings.post(done, 1), findings.direct(done, 1, best_rate(done, 1)))
-    claim = "With every rank at its own rate, Post-Squeeze gains a few tenths of a point (Figure 4)"
-    return found and (claim, f"{points(found)} at rank 1", verdict([found]))
 
 
 def _extreme(done: Done) -> Claim | None:

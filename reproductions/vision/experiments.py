@@ -10,7 +10,7 @@ from reproductions.vision.training import CONT, SOURCE
 
 BELOW = (32, 16, 8, 4, 2, 1)
 DIRECT = (8, 1)  # ranks that are trained directly, too
-RATES = {64: (2.5e-4, 5e-4, 1e-3), 1: (1e-3, 2e-3, 4e-3)}  # tried at these ranks
+RATES = {64: (2.5e-4, 5e-4, 1e-3), 8: (5e-4, 1e-3, 2e-3), 1: (1e-3, 2e-3, 4e-3)}  # tried at these ranks
 
 
 def tuning(rank: int) -> Iterator[Measurement]:
@@ -36,7 +36,8 @@ def planned(done: Done) -> list[Measurement]:
         found += [Measurement("direct", SOURCE, high, seed, to) for to in (0, *BELOW)]
         found += [Measurement("direct", rank, high, seed) for rank in DIRECT]
         found += [Measurement(f"{kind}-squeeze", CONT, high, seed) for kind in ("cont", "in")]
-    found += tuning(1)
-    if own := best_rate(done, 1):
-        found += [Measurement("direct", 1, own, seed) for seed in SEEDS]
+    for rank in reversed(DIRECT):
+        found += tuning(rank)
+        if own := best_rate(done, rank):
+            found += [Measurement("direct", rank, own, seed) for seed in SEEDS]
     return list(dict.fromkeys(found))

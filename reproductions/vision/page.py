@@ -8,12 +8,14 @@ from reproductions.small.findings import differences, over_seeds
 from reproductions.small.page import BEGIN, END
 from reproductions.small.wording import percent, points
 from reproductions.vision import findings
-from reproductions.vision.backbone import GRID, SIDE
+from reproductions.vision.backbone import GRID, SIDE, TOKENS
 from reproductions.vision.claims import claims
-from reproductions.vision.experiments import BELOW, RATES, best_rate, planned, tuning
+from reproductions.vision.experiments import BELOW, DIRECT, RATES, best_rate, planned, tuning
 from reproductions.vision.findings import Values
 from reproductions.vision.measuring import Done
 from reproductions.vision.training import ALIGNED, BATCH, CONT, CONTINUED, LEAST, SOURCE, STEPS, WARMUP
+
+POST = "Post-Squeeze"
 
 __all__ = ["BEGIN", "END", "measured", "written"]
 
@@ -26,7 +28,7 @@ def written(page: str, done: Done) -> str:
 
 def measured(done: Done) -> str:
     """The measured part; what has not been measured is left out."""
-    parts = [_claims(done), _setting(done), _tuning(done), _by_rank(done), _at_one(done)]
+    parts = [_claims(done), _setting(done), _tuning(done), _by_rank(done), _ways_down(done)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -50,7 +52,7 @@ def _setting(done: Done) -> str:
     parts = [
         "## Setting",
         f"Measured on {machines}." if machines else "",
-        f"Images of {SIDE} × {SIDE} pixels; {1 + GRID * GRID} embeddings of an image: the class token, and the patches "
+        f"Images are enlarged to {SIDE} × {SIDE} pixels, and become {TOKENS} embeddings: the class token, and the patches "
         f"pooled to {GRID} × {GRID}. First {ALIGNED} steps for projector and head, once; then, with both frozen, "
         f"{STEPS} steps of {BATCH} questions for each LoRA: AdamW, {WARMUP} steps of warm-up and then a constant rate, "
         f"no dropout, all linear layers of the text model adapted, alpha = rank, seeds {', '.join(map(str, SEEDS))}. "
@@ -116,43 +118,31 @@ def _without(done: Done) -> str:
     )
 
 
-def _at_one(done: Done) -> str:
-    high, own = best_rate(done, SOURCE), best_rate(done, CONT)
-    ways: list[tuple[str, Values, Values]] = [
-        ("Post-Squeeze", findings.post(done, CONT), findings.post(done, CONT, "ablated")),
-        *(
-            (name, findings.annealed(done, kind), findings.annealed(done, kind, "ablated"))
-            for name, kind in (("Cont-Squeeze", "cont-squeeze"), ("In-Squeeze Minimum", "in-squeeze"))
-        ),
-        *(
-            (f"direct, {whose} rate", findings.direct(done, CONT, rate), findings.direct(done, CONT, rate, "ablated"))
-            for whose, rate in ((f"{SOURCE}'s", high), ("own", own))
-        ),
-    ]
+def _ways_down(done: Done) -> str:
     rows = [
         [
-            f"{name}, rank {CONT}",
+            f"{name}, rank {rank}",
             percent(over_seeds(values)),
             percent(over_seeds(ablated)),
-            points(differences(values, ways[0][1])) if values is not ways[0][1] else "",
+            "" if name == POST else points(differences(values, findings.post(done, rank))),
         ]
-        for name, values, ablated in ways
+        for rank in reversed(DIRECT)
+        for name, values, ablated in _ways(done, rank)
         if over_seeds(values)
     ]
-    eight = findings.direct(done, 8, high)
-    if over_seeds(eight):
-        rows += [
-            ["Post-Squeeze, rank 8", *(percent(over_seeds(findings.post(done, 8, one))) for one in _BOTH), ""],
-            [
-                f"direct, {SOURCE}'s rate, rank 8",
-                *(percent(over_seeds(findings.direct(done, 8, high, one))) for one in _BOTH),
-                points(differences(eight, findings.post(done, 8))),
-            ],
-        ]
     if not rows:
         return ""
-    header = ("way", "accuracy", "image ablated", "− Post-Squeeze")
+    header = ("way", "accuracy", "image ablated", f"− {POST}")
     return "## Ways to a low rank, at equal steps\n\n" + table(header, rows)
 
 
-_BOTH = ("accuracy", "ablated")
+def _ways(done: Done, rank: int) -> list[tuple[str, Values, Values]]:
+    """Name, accuracy, and accuracy with the image ablated, of all ways to one rank."""
+    both = ("accuracy", "ablated")
+    ways = {POST: [findings.post(done, rank, what) for what in both]}
+    if rank == CONT:
+        for name, kind in (("Cont-Squeeze", "cont-squeeze"), ("In-Squeeze Minimum", "in-squeeze")):
+            ways[name] = [findings.annealed(done, kind, what) for what in both]
+    for whose, rate in ((f"rank {SOURCE}'s", best_rate(done, SOURCE)), ("its own", best_rate(done, rank))):
+        ways[f"direct, at {whose} rate"] = [findings.direct(done, rank, rate, what) for what in both]
+    return [(name, *values) for name, values in ways.items()]
