@@ -52,7 +52,7 @@ def _setting(done: Done) -> str:
     parts = [
         "## Setting",
         f"Measured on {machines}." if machines else "",
-        f"Images are enlarged to {SIDE} × {SIDE} pixels, and become {TOKENS} embeddings: the class token, and the patches "
+        f"Images are enlarged to {SIDE} × {SIDE} pixels, and become {TOKENS} embeddings: class token, and patches "
         f"pooled to {GRID} × {GRID}. First {ALIGNED} steps for projector and head, once; then, with both frozen, "
         f"{STEPS} steps of {BATCH} questions for each LoRA: AdamW, {WARMUP} steps of warm-up and then a constant rate, "
         f"no dropout, all linear layers of the text model adapted, alpha = rank, seeds {', '.join(map(str, SEEDS))}. "
