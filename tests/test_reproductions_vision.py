@@ -35,7 +35,6 @@ from reproductions.vision.measuring import (  # noqa: E402
 from reproductions.vision.model import SeeingClassifier  # noqa: E402
 from reproductions.vision.training import SOURCE, Places, Trained, aligned, encoder_of, train  # noqa: E402
 
-PAGE = ROOT / "reproductions" / "vision" / "README.md"
 EMPTY = f"# Title\n\n{page.BEGIN}\nold\n{page.END}\nend\n"
 SEEDS = (0, 1)
 ANSWERS = ("circle", "red", "blue")
@@ -191,11 +190,6 @@ def test_page_and_figure_are_of_the_measurements(setting: tuple[Places, Data], t
     assert command.draw({}, tmp_path) == []
 
 
-def test_the_page_follows_from_the_results_beside_it() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert page.written(text, read_measurements(Places("").measurements)) == text
-
-
 def test_rates_are_chosen_without_the_test() -> None:
     done = {
         replace(one, split=split): {"accuracy": right}
@@ -204,6 +198,19 @@ def test_rates_are_chosen_without_the_test() -> None:
     }
     assert best_rate(done, SOURCE) == experiments.RATES[SOURCE][1]
     assert best_rate({}, SOURCE) is None
+
+
+def test_what_is_measured_needs_neither_model_nor_data(
+    setting: tuple[Places, Data], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, _ = setting
+    monkeypatch.setattr(command, "PAGE", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path / "none"), "--results", str(places.results)])
+    command.PAGE.write_text(EMPTY, encoding="utf-8")
+    command.main()
+    text = command.PAGE.read_text(encoding="utf-8")
+    assert text == page.written(EMPTY, read_measurements(places.measurements))
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", NAME}
 
 
 def test_a_measurement_survives_its_line() -> None:

@@ -22,23 +22,25 @@ from benchmarks.in_squeeze_runs import ROOT
 from reproductions.vision.data import Data, data_of, package_folder, seen_by_backbone
 from reproductions.vision.experiments import planned
 from reproductions.vision.figures import draw
-from reproductions.vision.measuring import check_base, measure, read_measurements
+from reproductions.vision.measuring import Measurement, check_base, measure, read_measurements
 from reproductions.vision.page import written
 from reproductions.vision.training import Places
 
 PAGE = Path(__file__).parent / "README.md"
 
 
+def pending(places: Places) -> list[Measurement]:
+    """What is to be made by now."""
+    done = read_measurements(places.measurements)
+    return [one for one in planned(done) if one not in done]
+
+
 def work(places: Places, data: Data, minutes: float) -> None:
     """Measure until all is measured, or time is up. Raises ValueError if measurements would be mixed."""
     until = time.monotonic() + 60 * minutes
-    check_base(places, data, read_measurements(places.measurements))
-    while time.monotonic() < until:
-        done = read_measurements(places.measurements)
-        pending = [one for one in planned(done) if one not in done]
-        if not pending:
-            return
-        trained, wanted = next(groupby(pending, key=lambda one: one.trained))
+    while time.monotonic() < until and (left := pending(places)):
+        check_base(places, data, read_measurements(places.measurements))
+        trained, wanted = next(groupby(left, key=lambda one: one.trained))
         for one in measure(trained, wanted, places, data):
             print(one, file=sys.stderr, flush=True)
             if time.monotonic() >= until:
@@ -58,7 +60,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     sys.path.insert(0, str(ROOT / "examples"))
     places = Places("", options.out, options.results)
-    if options.minutes > 0:
+    if options.minutes > 0 and pending(places):  # else, neither model nor data are needed
         from packaged import minilm
 
         places = Places(str(minilm()), options.out, options.results)
@@ -68,8 +70,7 @@ def main() -> None:
         except ValueError as error:
             raise SystemExit(str(error)) from None
     done = read_measurements(places.measurements)
-    left = sum(one not in done for one in planned(done))
-    print(f"{len(done)} measurements made, {left} to be made", file=sys.stderr)
+    print(f"{len(done)} measurements made, {len(pending(places))} to be made", file=sys.stderr)
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), done), encoding="utf-8")
     draw(done, PAGE.parent)
 
