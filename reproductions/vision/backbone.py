@@ -28,7 +28,13 @@ SIDE = 112  # pixels that an image is enlarged to: 8 × 8 patches of 14
 GREY = 0.5  # of an image that shows nothing
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbone was trained
-_CONFIG = {"hidden_size": WIDTH, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 14, "image_size": 518}
+_CONFIG: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "patch_size": 14,
+    "image_size": 518,
+}
 
 
 def onnx_file() -> Path:

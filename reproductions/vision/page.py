@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from benchmarks.in_squeeze_runs import SEEDS
 from benchmarks.machine import table
 from reproductions.small.findings import differences, over_seeds
@@ -138,11 +141,10 @@ def _ways_down(done: Done) -> str:
 
 def _ways(done: Done, rank: int) -> list[tuple[str, Values, Values]]:
     """Name, accuracy, and accuracy with the image ablated, of all ways to one rank."""
-    both = ("accuracy", "ablated")
-    ways = {POST: [findings.post(done, rank, what) for what in both]}
+    ways: list[tuple[str, Callable[[str], Values]]] = [(POST, partial(findings.post, done, rank))]
     if rank == CONT:
         for name, kind in (("Cont-Squeeze", "cont-squeeze"), ("In-Squeeze Minimum", "in-squeeze")):
-            ways[name] = [findings.annealed(done, kind, what) for what in both]
+            ways.append((name, partial(findings.annealed, done, kind)))
     for whose, rate in ((f"rank {SOURCE}'s", best_rate(done, SOURCE)), ("its own", best_rate(done, rank))):
-        ways[f"direct, at {whose} rate"] = [findings.direct(done, rank, rate, what) for what in both]
-    return [(name, *values) for name, values in ways.items()]
+        ways.append((f"direct, at {whose} rate", partial(findings.direct, done, rank, rate)))
+    return [(name, found("accuracy"), found("ablated")) for name, found in ways]

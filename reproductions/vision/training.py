@@ -24,7 +24,8 @@ SOURCE = 64
 STEPS, WARMUP, BATCH = 120, 20, 32
 CONTINUED, LEAST = 24, 8  # steps after Cont-Squeeze's squeeze, and of every stage in "Minimum Steps"
 ALIGNED, ALIGNING_RATES = 25, {"projector": 1e-3, "classifier": 2e-2}  # steps of the training before, and its rates
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # few steps: nothing is learnt by heart
+# In so few steps nothing is learnt by heart.
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONT = 1  # the rank that Cont-Squeeze goes to
 
 RESULTS = Path(__file__).parent / "results"
