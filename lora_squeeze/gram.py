@@ -29,11 +29,18 @@ def second_moment(tall: Tensor) -> Tensor:
     width, device = tall.shape[1], tall.device
     strips = _strips(width) if device.type == "cpu" else ((0, width),)
     total = torch.zeros(width, width, dtype=torch.float64, device=device)
+    targets = [total[start:, start:end] for start, end in strips]
+    # Taking a view costs as much as a small product, so each is taken once for all blocks of a size.
+    views: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for rows in tall.split(_ROWS):
-        converted = scratch_like("converted", rows, torch.float64, device).copy_(rows)
-        for start, end in strips:
-            total[start:, start:end].addmm_(converted[:, start:].T, converted[:, start:end])
-    for start, end in strips:
+        converted = scratch_like("converted", rows, torch.float64, device)
+        if (pairs := views.get(len(rows))) is None:
+            pairs = [(converted[:, start:].T, converted[:, start:end]) for start, end in strips]
+            views[len(rows)] = pairs
+        converted.copy_(rows)
+        for target, (left, right) in zip(targets, pairs, strict=True):
+            target.addmm_(left, right)
+    for start, end in strips[:-1]:
         total[start:end, end:] = total[end:, start:end].T
     return total
 
