@@ -81,6 +81,8 @@ def _labels(row: Encoded, head: Sequence[int], seeing: Seeing) -> list[int]:
     its frame (as newlines do): then it is not learnt.
     """
     found = [IGNORED] * len(head)
+    if all(label == IGNORED for label in row.labels[: row.head_size]):
+        return [*found, *row.labels[row.head_size :]]
     words = row.input_ids[: row.head_size]
     at = len(head)
     for place in range(len(words) - 1, -1, -1):

@@ -102,7 +102,14 @@ def _measure_together(
     finals = [str(run_folder(folder, entry).final) for entry, _ in runs]
     model = settings[0].model
     examples = read_examples(source)
-    subject = open_subject(finals, base=model.model, examples=examples, dtype=model.dtype, device=model.device)
+    subject = open_subject(
+        finals,
+        base=model.model,
+        examples=examples,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        device=model.device,
+    )
     contestants: list[Contestant] = []
     rows: list[tuple[RunEntry, RunSettings, str, float]] = []
     for name, one, (entry, policies) in zip(subject.adapters, settings, runs, strict=True):

@@ -236,6 +236,16 @@ def test_words_between_images_are_learnt(family, text):
     assert found.replace("\n", "").replace("<unk>", "") == text.replace("<image>", "").replace("\n", "") + "<eos>"
 
 
+def test_what_is_not_learnt_need_not_be_told_apart(family):
+    """Whatever else a processor writes around images."""
+    unknown = replace(family.seeing, frame=frozenset())
+    example = EXAMPLES["two images in their places"]
+    batch = collate([encode(example, unknown)], unknown)
+    assert torch.equal(batch["labels"], collate([encode(example, family.seeing)], family.seeing)["labels"])
+    with pytest.raises(DataError, match="cannot be told from them"):
+        collate([encode(example, unknown, completion_only=False)], unknown)
+
+
 def test_a_token_for_the_beginning_stands_before_everything(family):
     """As in Gemma's and Llama's tokenizers."""
     tokenizer = copy.deepcopy(family.seeing.tokenizer)
