@@ -17,7 +17,7 @@ from benchmarks import in_squeeze_runs as runs  # noqa: E402
 from benchmarks.in_squeeze import read_results  # noqa: E402
 from benchmarks.in_squeeze_runs import SOURCE, TARGETS, Run, best_rate  # noqa: E402
 from reproductions.small import __main__ as command  # noqa: E402
-from reproductions.small import experiments, findings, page, tasks  # noqa: E402
+from reproductions.small import experiments, findings, page, resumed, tasks  # noqa: E402
 from reproductions.small.adapters import TREC, Places, keep_runs  # noqa: E402
 from reproductions.small.claims import correlated, verdict  # noqa: E402
 from reproductions.small.experiments import BELOW, SIZES, measurement, planned, sized  # noqa: E402
@@ -30,7 +30,7 @@ from reproductions.small.wording import points  # noqa: E402
 SEEDS = (0, 1)
 WORDS = {"animal": ("cat", "dog", "cow"), "plant": ("oak", "elm", "rose")}
 ROWS = [Example(label, f"{number} {word}s") for label, words in WORDS.items() for word in words for number in range(12)]
-PAGE = f"# Title\n\n{page.BEGIN}\nold\n{page.END}\nend\n"
+PAGE = f"# Title\n\n{resumed.BEGIN}\nold\n{resumed.END}\nend\n"
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from peft import PeftModel  # noqa: E402
 
 from lora_squeeze import open_adapter  # noqa: E402
+from reproductions.small import resumed  # noqa: E402
 from reproductions.vision import __main__ as command  # noqa: E402
 from reproductions.vision import backbone, experiments, findings, page, training  # noqa: E402
 from reproductions.vision.data import Data, Question, Seen, data_of  # noqa: E402
@@ -35,7 +36,7 @@ from reproductions.vision.measuring import (  # noqa: E402
 from reproductions.vision.model import SeeingClassifier  # noqa: E402
 from reproductions.vision.training import SOURCE, Places, Trained, aligned, encoder_of, train  # noqa: E402
 
-EMPTY = f"# Title\n\n{page.BEGIN}\nold\n{page.END}\nend\n"
+EMPTY = f"# Title\n\n{resumed.BEGIN}\nold\n{resumed.END}\nend\n"
 SEEDS = (0, 1)
 ANSWERS = ("circle", "red", "blue")
 

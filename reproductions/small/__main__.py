@@ -8,21 +8,18 @@ line of JSON in results/measurements.jsonl beside the page, and is not made agai
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from itertools import groupby
 from pathlib import Path
 
-import torch
-import transformers
-
-from benchmarks.in_squeeze_runs import ROOT, tuning
+from benchmarks.in_squeeze_runs import tuning
 from reproductions.small.adapters import Places, keep_runs, ready
 from reproductions.small.experiments import planned
 from reproductions.small.figures import draw
 from reproductions.small.measuring import measure, read_measurements
 from reproductions.small.page import written
+from reproductions.small.resumed import parser_of, prepare
 
 PAGE = Path(__file__).parent / "README.md"
 
@@ -44,18 +41,10 @@ def work(places: Places, minutes: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop measuring after so long; 0: write the page")
+    parser = parser_of(__doc__, own=Places("").own, results=Places("").results)
     parser.add_argument("--in-squeeze", type=Path, default=Places("").in_squeeze, help="what bench-in-squeeze made")
-    parser.add_argument("--out", type=Path, default=Places("").own, help="adapters that are trained here")
-    parser.add_argument(
-        "--results", type=Path, default=Places("").results, help="what was measured; another folder begins anew"
-    )
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the batches are small: a second thread costs more than it brings
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    sys.path.insert(0, str(ROOT / "examples"))
+    prepare()
     from packaged import minilm
 
     places = Places(str(minilm()), options.in_squeeze, options.out, options.results)

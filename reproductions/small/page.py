@@ -11,17 +11,16 @@ from reproductions.small.claims import claims, correlation
 from reproductions.small.experiments import BELOW, POLICIES, RANKS, SIZES, SMALL_SIZES, planned, sized
 from reproductions.small.findings import Done, Kept, Mean
 from reproductions.small.measuring import CALIBRATED_ON, GRADIENTS, OUTPUTS
+from reproductions.small.resumed import renewed
 from reproductions.small.tasks import TASKS
 from reproductions.small.wording import count, judged, nats, percent, points
 
 TUNED = ", ".join(map(str, RATES))
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def written(page: str, runs: Results, done: Done) -> str:
     """The page with its measured part renewed."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{measured(runs, done)}\n{END}{rest.split(END)[1]}"
+    return renewed(page, measured(runs, done))
 
 
 def measured(runs: Results, done: Done) -> str:

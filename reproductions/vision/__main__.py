@@ -9,16 +9,12 @@ and is not made again. One process at a time.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from itertools import groupby
 from pathlib import Path
 
-import torch
-import transformers
-
-from benchmarks.in_squeeze_runs import ROOT
+from reproductions.small.resumed import parser_of, prepare
 from reproductions.vision.data import Data, data_of, package_folder, seen_by_backbone
 from reproductions.vision.experiments import planned
 from reproductions.vision.figures import draw
@@ -48,17 +44,9 @@ def work(places: Places, data: Data, minutes: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop measuring after so long; 0: write the page")
-    parser.add_argument("--out", type=Path, default=Places("").own, help="features, and adapters that are trained here")
-    parser.add_argument(
-        "--results", type=Path, default=Places("").results, help="what was measured; another folder begins anew"
-    )
+    parser = parser_of(__doc__, own=Places("").own, results=Places("").results)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the batches are small: a second thread costs more than it brings
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    sys.path.insert(0, str(ROOT / "examples"))
+    prepare()
     places = Places("", options.out, options.results)
     if options.minutes > 0 and pending(places):  # else, neither model nor data are needed
         from packaged import minilm

@@ -8,7 +8,7 @@ from functools import partial
 from benchmarks.in_squeeze_runs import SEEDS
 from benchmarks.machine import table
 from reproductions.small.findings import differences, over_seeds
-from reproductions.small.page import BEGIN, END
+from reproductions.small.resumed import renewed
 from reproductions.small.wording import percent, points
 from reproductions.vision import findings
 from reproductions.vision.backbone import GRID, SIDE, TOKENS
@@ -20,13 +20,12 @@ from reproductions.vision.training import ALIGNED, BATCH, CONT, CONTINUED, LEAST
 
 POST = "Post-Squeeze"
 
-__all__ = ["BEGIN", "END", "measured", "written"]
+__all__ = ["measured", "written"]
 
 
 def written(page: str, done: Done) -> str:
     """The page with its measured part renewed."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{measured(done)}\n{END}{rest.split(END)[1]}"
+    return renewed(page, measured(done))
 
 
 def measured(done: Done) -> str:
