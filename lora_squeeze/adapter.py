@@ -17,6 +17,10 @@ def _nothing(_: Sequence[str]) -> None:
     """What most adapters do about layers that are expected."""
 
 
+def _no_hash() -> None:
+    """What adapters without a file do about a hash that is expected."""
+
+
 def whole(name: str) -> str:
     """The module or parameter that a layer is a part of.
 
@@ -118,6 +122,9 @@ class Adapter:
         (see `formats.tensors`) and replaces entries of `metadata`.
     weights, sha256
         the file that holds the source's tensors, if there is one, and (asked for) its SHA-256.
+    hash_along
+        a hint: `sha256` will be asked for when all layers have been loaded, so it may be taken of
+        what is read for them.
     left_out
         modules that a policy gave rank 0: they are adapted no more.
     notes
@@ -141,6 +148,7 @@ class Adapter:
     late_metadata: Callable[[str], Mapping[str, str]] | None = field(default=None, repr=False)
     weights: Path | None = None
     sha256: Callable[[], str] = field(default=str, repr=False)
+    hash_along: Callable[[], None] = field(default=_no_hash, repr=False)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     single_file: bool = False

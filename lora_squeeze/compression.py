@@ -6,9 +6,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, whole
 from lora_squeeze.decomposition import Decomposition, borrow_together, naming, spectrum_of, together
@@ -86,9 +84,7 @@ def compress(
                 f"layer '{name}': a matrix of {sizes[0]} × {sizes[1]} can use a rank of {min(sizes)} at most, "
                 f"not {spec.rank}; choose a lower one"
             )
-    # The source's hash takes as long as a good part of the work, so it is taken meanwhile.
-    hasher = ThreadPoolExecutor(1, thread_name_prefix="lora-squeeze-hash")
-    sha256 = cache(lambda: hasher.submit(adapter.sha256))
+    adapter.hash_along()
     calibration = source.calibration if isinstance(source, Decomposition) else ""
     cut = truncate_on_data if calibration else truncate
     errors: dict[str, SqueezedLayer] = {}
@@ -111,12 +107,10 @@ def compress(
         return result.layer
 
     def load(name: str) -> LoraLayer:
-        sha256()
         layer = adapter.load(name)
         return squeezed(name, layer, *decomposed([name], [layer]), borrow=False)
 
     def borrow(names: Sequence[str]) -> list[LoraLayer]:
-        sha256()
         sources = borrow_together(adapter, names)
         results: list[LoraLayer] = []
         for place, one in enumerate(zip(names, sources, decomposed(names, sources), strict=True)):
@@ -135,7 +129,7 @@ def compress(
             planned,
             # On data it is of the outputs: nobody could measure it again from the files.
             relative_error=math.nan if calibration else error_over_all(errors[name] for name in adapter.layers),
-            source_sha256=sha256().result(),
+            source_sha256=adapter.sha256(),
             tensors_sha256=fingerprint,
         )
         return {**(adapter.late_metadata(fingerprint) if adapter.late_metadata else {}), ENTRY: made.to_json()}

@@ -62,6 +62,8 @@ def merge(
     kept = _kept(same_format, keep_first=keep_first)
     read = partial(_stacked, adapters=same_format, weights=shares, specs=specs)
     sources = partial(_sources, adapters, shares)
+    for adapter in adapters:
+        adapter.hash_along()
     return Adapter(
         source=" + ".join(f"{weight:g}·{adapter.source}" for weight, adapter in zip(shares, adapters, strict=True)),
         format=first.format,

@@ -23,7 +23,8 @@ from lora_squeeze.adapter import Adapter
 from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats.folder import check_output, new_file
-from lora_squeeze.formats.tensors import TensorSpec, read_safetensors, sha256_of_file
+from lora_squeeze.formats.hashing import sha256_of_file
+from lora_squeeze.formats.tensors import TensorSpec, read_safetensors
 from lora_squeeze.formats.writing import Block, write_safetensors
 from lora_squeeze.measurements import MomentsSummary
 from lora_squeeze.version import __version__

@@ -31,7 +31,7 @@ from lora_squeeze import decompose, fixed, open_adapter, save_adapter, squeeze
 from lora_squeeze.cli import main
 from lora_squeeze.conversion import convert
 from lora_squeeze.errors import AdapterError, LoraSqueezeError, OutputError, SettingsError, UnsupportedAdapter
-from lora_squeeze.formats.tensors import sha256_of_file
+from lora_squeeze.formats.hashing import sha256_of_file
 from lora_squeeze.merging import merge
 from lora_squeeze.provenance import provenance_of
 from lora_squeeze.verbs import choose_ranks, full_rank

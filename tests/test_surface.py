@@ -54,6 +54,7 @@ ORDER = [
     "summary",
     "exploration",
     "spectrum",
+    "formats.hashing",
     "formats.tensors",
     "formats.writing",
     "formats.beside",

@@ -1,6 +1,5 @@
 """Streaming safetensors: what safetensors.torch writes is read, what is written safetensors.torch reads."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,6 @@ from lora_squeeze.formats.tensors import (
     TensorSpec,
     dtype_name,
     read_safetensors,
-    sha256_of_file,
 )
 from lora_squeeze.formats.writing import Block, safetensors_size, write_safetensors
 
@@ -408,11 +406,3 @@ def test_a_missing_file_or_a_folder_is_an_error_that_names_it(tmp_path):
         read_safetensors(tmp_path / "nowhere")
     with pytest.raises(AdapterError, match=str(tmp_path)):
         read_safetensors(tmp_path)
-
-
-def test_sha256_is_that_of_sha256sum(tmp_path):
-    content = bytes(range(256)) * 10_000
-    (tmp_path / "file").write_bytes(content)
-    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
-    with pytest.raises(AdapterError, match="nowhere"):
-        sha256_of_file(tmp_path / "nowhere")

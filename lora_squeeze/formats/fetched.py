@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lora_squeeze.formats.tensors import sha256_of_file
+from lora_squeeze.formats.hashing import sha256_of_file
 
 __all__ = ["Copy", "known_copy", "store_copy"]
 

@@ -173,6 +173,7 @@ def adapter_of(
         metadata=file.metadata,
         weights=file.path,
         sha256=cache(file.sha256),
+        hash_along=file.hash_along,
         notes=(*notes, *dora_note(others), *_kept_note([one for one in kept if not magnitude_module(one.key)])),
         single_file=True,
     )

@@ -62,6 +62,7 @@ def open_peft(path: Path) -> Adapter:
         files=files,
         weights=tensors.path,
         sha256=cache(tensors.sha256),
+        hash_along=tensors.hash_along,
         left_out=left_out,
         notes=tuple(_notes(config, tensors.path, keys, left_behind, foreign)),
     )

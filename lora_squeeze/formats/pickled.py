@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from lora_squeeze.errors import AdapterError
-from lora_squeeze.formats.tensors import DTYPES, TensorSpec, memory_of, sha256_of_file
+from lora_squeeze.formats.hashing import sha256_of_file
+from lora_squeeze.formats.tensors import DTYPES, TensorSpec, memory_of
 
 __all__ = ["PickledFile"]
 
@@ -75,6 +76,9 @@ class PickledFile:
     def chunks(self, key: str) -> Iterator[bytes]:
         tensor = self._state[key].contiguous()
         yield bytes(memory_of(tensor))
+
+    def hash_along(self) -> None:
+        """What is mapped is not read in pieces, so nothing can follow it."""
 
     def sha256(self) -> str:
         return sha256_of_file(self.path)

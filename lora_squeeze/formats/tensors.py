@@ -11,20 +11,23 @@ import ctypes
 import functools
 import hashlib
 import json
-import os
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import FileIO
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError, SettingsError
+from lora_squeeze.formats.hashing import Identity, RunningHash, check_identity, identity_of
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.scratch import lent, scratch
 
@@ -37,7 +40,6 @@ __all__ = [
     "fingerprint",
     "memory_of",
     "read_safetensors",
-    "sha256_of_file",
 ]
 
 # safetensors' spelling → torch. What is only carried over may have any dtype: bytes are bytes.
@@ -48,6 +50,10 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 _CHUNK = 1 << 20
+# Tensors that a worker takes at a time where little is done with each.
+_TOGETHER = 16
+
+Measured = TypeVar("Measured")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -85,7 +91,8 @@ class SafetensorsFile:
     tensors: Mapping[str, TensorSpec]
     offsets: Mapping[str, int]
     metadata: Mapping[str, str]
-    identity: tuple[int, int, int]  # inode, size and modification time when the header was read
+    identity: Identity  # when the header was read
+    hashed: RunningHash = field(repr=False, compare=False)
 
     def read(self, key: str, *, borrow_as: str = "") -> torch.Tensor:
         """Read one tensor. Raises AdapterError if its dtype is unknown or the file has changed.
@@ -115,47 +122,69 @@ class SafetensorsFile:
         """Read one tensor's bytes a MiB at a time, whatever its dtype."""
         return map(bytes, self._pieces(key))
 
+    def hash_along(self) -> None:
+        """Take the SHA-256 of what is read from now on, as it will be asked for."""
+        self.hashed.follow()
+
     def sha256(self) -> str:
         """SHA-256 of the whole file. Raises AdapterError if it is not the one whose header was read."""
-        return sha256_of_file(self.path, identity=self.identity)
+        return self.hashed.result()
 
     def fingerprint(self) -> str:
         """The `fingerprint` of the tensors. Raises AdapterError if the file has changed."""
-        digests = ordered_map(lambda key: (key, _sha256(self._pieces(key))), self.tensors)
-        return fingerprint(self.tensors, dict(digests))
+        return fingerprint(self.tensors, self._of_each(_sha256))
 
-    def checksum(self, key: str) -> int:
-        """CRC-32 of one tensor's bytes."""
-        return functools.reduce(lambda found, piece: zlib.crc32(piece, found), self._pieces(key), 0)
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of each tensor's bytes. Raises AdapterError if the file has changed."""
+        return self._of_each(_crc32)
+
+    def _of_each(self, measure: Callable[[Iterator[memoryview]], Measured]) -> dict[str, Measured]:
+        def measured(keys: Sequence[str]) -> list[tuple[str, Measured]]:
+            return [(key, measure(self._pieces(key))) for key in keys]
+
+        keys = list(self.tensors)
+        runs = [keys[at : at + _TOGETHER] for at in range(0, len(keys), _TOGETHER)]
+        return dict(chain.from_iterable(ordered_map(measured, runs)))
 
     def _pieces(self, key: str) -> Iterator[memoryview]:
         """`chunks` in memory that this thread's next piece uses again."""
         memory = memory_of(scratch("piece", (_CHUNK,), torch.uint8, torch.device("cpu")))
         size = self.tensors[key].nbytes
-        for start in range(0, size, _CHUNK):
-            piece = memory[: size - start]
-            self._read_into(key, piece, start=start)
-            yield piece
+        with self._opened(key) as file:
+            for start in range(0, size, _CHUNK):
+                piece = memory[: size - start]
+                self._fill(piece, file, key, start)
+                yield piece
 
     def _read_into(self, key: str, target: memoryview, *, start: int = 0) -> None:
+        with self._opened(key) as file:
+            self._fill(target, file, key, start)
+
+    @contextmanager
+    def _opened(self, key: str) -> Generator[FileIO, None, None]:
         try:
             with self.path.open("rb", buffering=0) as file:
-                _check_identity(file.fileno(), self.identity, self.path)
-                file.seek(self.offsets[key] + start)
-                while len(target):
-                    count = file.readinto(target)
-                    if not count:
-                        raise AdapterError(f"{self.path}: the file ends inside tensor '{key}'")
-                    target = target[count:]
+                yield file
         except OSError as error:
             raise AdapterError(f"{self.path}: cannot read tensor '{key}': {error.strerror}") from error
+
+    def _fill(self, target: memoryview, file: FileIO, key: str, start: int) -> None:
+        check_identity(file.fileno(), self.identity, self.path)
+        position, rest = self.offsets[key] + start, target
+        file.seek(position)
+        while len(rest):
+            count = file.readinto(rest)
+            if not count:
+                raise AdapterError(f"{self.path}: the file ends inside tensor '{key}'")
+            rest = rest[count:]
+        self.hashed.hand_in(position, target)
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
     """Read and check a file's header. Raises AdapterError if it is missing or damaged."""
     try:
         with path.open("rb") as file:
-            identity = _identity(file.fileno())
+            identity = identity_of(file.fileno())
             with safe_open(path, framework="pt"):  # "numpy" would import that as well
                 pass
             (length,) = struct.unpack("<Q", file.read(8))
@@ -184,6 +213,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         offsets={key: 8 + length + entry["data_offsets"][0] for key, entry in in_file_order},
         metadata=metadata,
         identity=identity,
+        hashed=RunningHash(path, identity),
     )
 
 
@@ -193,27 +223,6 @@ def _first_of_dtype(dtype: str, path: Path) -> str:
         (length,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = parse_json(file.read(length))
     return next((key for key, entry in header.items() if entry.get("dtype") == dtype), "?")
-
-
-def sha256_of_file(path: Path, *, identity: tuple[int, int, int] | None = None) -> str:
-    """SHA-256 of a file's content, as `sha256sum` prints it.
-
-    identity
-        of the file that is meant (see `SafetensorsFile`).
-
-    Raises AdapterError if it is unreadable or another one.
-    """
-    digest = hashlib.sha256()
-    chunk = memoryview(bytearray(_CHUNK))
-    try:
-        with path.open("rb", buffering=0) as file:
-            before = identity or _identity(file.fileno())
-            while count := file.readinto(chunk):
-                digest.update(chunk[:count])
-            _check_identity(file.fileno(), before, path)
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def fingerprint(specs: Mapping[str, TensorSpec], digests: Mapping[str, bytes]) -> str:
@@ -230,11 +239,15 @@ def fingerprint(specs: Mapping[str, TensorSpec], digests: Mapping[str, bytes]) -
     return digest.hexdigest()
 
 
-def _sha256(chunks: Iterable[memoryview]) -> bytes:
+def _sha256(pieces: Iterator[memoryview]) -> bytes:
     digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
+    for piece in pieces:
+        digest.update(piece)
     return digest.digest()
+
+
+def _crc32(pieces: Iterator[memoryview]) -> int:
+    return functools.reduce(lambda found, piece: zlib.crc32(piece, found), pieces, 0)
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -243,13 +256,3 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     if size == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-
-
-def _check_identity(descriptor: int, expected: tuple[int, int, int], path: Path) -> None:
-    if _identity(descriptor) != expected:
-        raise AdapterError(f"{path}: the file was changed while it was being read; run again")
-
-
-def _identity(descriptor: int) -> tuple[int, int, int]:
-    status = os.fstat(descriptor)
-    return status.st_ino, status.st_size, status.st_mtime_ns
