@@ -18,7 +18,8 @@ from lora_squeeze.provenance import ENTRY, stated
 from lora_squeeze.records import Ranks, SqueezedLayer, error_over_all
 from lora_squeeze.scratch import beside
 from lora_squeeze.serving import fit, needs_one_alpha
-from lora_squeeze.spectrum import Basis, Truncation, bases, check_device, truncate
+from lora_squeeze.spectrum import Basis, bases, check_device
+from lora_squeeze.truncation import Truncation, truncate
 from lora_squeeze.whitening import truncate_on_data
 
 __all__ = ["compress", "file_cost"]

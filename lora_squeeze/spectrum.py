@@ -1,4 +1,4 @@
-"""The kernel: one layer's factors → singular values and the change of basis that truncates them.
+"""The kernel: a layer's factors → singular values and the change of basis that truncates them.
 
 ΔW = up @ down has rank r, so everything happens in an r×r space. With roots
 up^T up = L_B L_B^T and down down^T = L_A L_A^T, the singular value decomposition of the r×r core
@@ -24,7 +24,6 @@ Shapes below: m = out_features, n = in_features, r = source rank, q = min(r, m, 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,20 +34,16 @@ from torch import Tensor
 from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.errors import AdapterError, SettingsError
 from lora_squeeze.gram import second_moment
-from lora_squeeze.scratch import lent, scratch
 
 __all__ = [
     "METHODS",
     "Basis",
-    "Truncation",
     "bases",
     "basis",
     "basis_from_roots",
     "check_device",
-    "idle_rows",
     "singular_values",
     "triangular_root",
-    "truncate",
 ]
 
 OVERSAMPLING = 10  # k_o of Algorithm 1
@@ -60,12 +55,8 @@ _NOISE = 1e-12
 # second moments still give eight digits of every singular value.
 _GRAM_CONDITION = 1e4
 _GRAM_SPREAD = 1e-8
-# float32 products lose digits where the terms of up @ P are larger than their sum. Half-precision
-# factors are rounded far more coarsely than that, up to this growth.
-_FLOAT32_GROWTH = 256.0
-# Rows of a factor that are converted at a time, to stay within the cache: 1 and 2 MiB at rank 64.
-_ROWS_OF_FLOAT64 = 2048
-_ROWS_OF_FLOAT32 = 8192
+# Rows of a factor that are worked on at a time, to stay within the cache: 1 MiB at rank 64.
+_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -77,14 +68,6 @@ class Basis:
     q: Tensor  # (q, r) float64; rows of dead directions are zero
     numerical_rank: int
     growth: Tensor  # (q,) largest size of the terms of up @ p and q @ down relative to their sums
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """A layer of lower rank, and ‖ΔW − ΔW'‖_F / ‖ΔW‖_F with its rounding included."""
-
-    layer: LoraLayer
-    relative_error: float  # NaN or infinite if the result overflows its dtype
 
 
 def basis(
@@ -151,61 +134,6 @@ def check_device(device: str) -> None:
 def singular_values(layer: LoraLayer, found: Basis) -> tuple[float, ...]:
     """The singular values of the effective update, scale included, largest first."""
     return tuple((found.singular_values * abs(layer.scale)).tolist())
-
-
-def truncate(
-    layer: LoraLayer,
-    found: Basis,
-    rank: int,
-    *,
-    scale: float | None = None,
-    down_dtype: torch.dtype | None = None,
-    up_dtype: torch.dtype | None = None,
-    borrow: bool = False,
-) -> Truncation:
-    """The best approximation of ΔW of at most this rank, balanced, and what it loses.
-
-    scale
-        of the result (default: the layer's own); the update stays the same, the factors share the
-        difference.
-    down_dtype, up_dtype
-        of the result (default: float32 or float64, whichever it was computed in). Every number is
-        rounded once.
-    borrow
-        the result may lie in memory that this thread's next `truncate` uses again.
-
-    Directions beyond the numerical rank come out with a zero column in `up` and, where the source
-    has one to offer, a non-zero row in `down`: they change nothing, but can learn again if training
-    goes on.
-    """
-    scale = layer.scale if scale is None else scale
-    ratio = layer.scale / scale if scale else 1.0
-    half = abs(ratio) ** 0.5
-    kept = min(rank, found.numerical_rank)
-    p, q = found.p[:, :rank] * half, found.q[:rank] * half
-    if kept < rank:
-        p = torch.cat([p[:, :kept], p.new_zeros(p.shape[0], rank - kept)], dim=1)
-        q = torch.cat([q[:kept], idle_rows(layer, found, rank - kept)])
-    halves = layer.up.element_size() <= 2 and layer.down.element_size() <= 2
-    safe = kept == 0 or float(found.growth[:kept].max()) <= _FLOAT32_GROWTH
-    exact = torch.float32 if halves and safe else torch.float64
-    q, p = q.to(exact), (p.T if ratio >= 0 else -p.T).to(exact)
-    down, (down_cross, down_noise) = _project(layer.down, q, down_dtype or exact, "squeezed down" if borrow else "")
-    up, (up_cross, up_noise) = _project(layer.up.T, p, up_dtype or exact, "squeezed up" if borrow else "")
-    # With X = up P, Y = Q down and their rounding errors x and y, X^T X = Y Y^T = S and
-    # ‖(X + x)(Y + y) - X Y‖² = ‖x (Y + y) + X y‖²: k×k numbers that suffer no cancellation. What was
-    # cut off is orthogonal to X and to Y, so the two losses add up as squares.
-    values = found.singular_values[:kept] * abs(ratio)
-    down_sum = down_cross + down_noise
-    rounding = (up_noise * (down_sum + down_cross.T)).sum() + 2 * (up_cross.T * down_sum).sum()
-    rounding += values @ (up_noise.diagonal() + down_noise.diagonal())[:kept]
-    energies = found.singular_values.square()
-    cut, energy = float(energies[kept:].sum()) * layer.scale**2, float(energies.sum()) * layer.scale**2
-    lost = cut + float(rounding) * scale**2
-    return Truncation(
-        layer=LoraLayer(name=layer.name, down=down, up=up.T, scale=scale),
-        relative_error=math.sqrt(max(lost, 0.0) / energy) if energy > 0 else 0.0,
-    )
 
 
 class _NotFinite(ArithmeticError):
@@ -339,49 +267,12 @@ def _identity(like: Tensor) -> Tensor:
 def triangular_root(tall: Tensor) -> Tensor:
     """R^T of the QR decomposition of a (rows, r) matrix, blocks of rows at a time: (r, ≤ r)."""
     width = tall.shape[1]
-    block = max(_ROWS_OF_FLOAT64, 4 * width)
+    block = max(_ROWS, 4 * width)
     triangle = tall.new_zeros((0, width), dtype=torch.float64)
     for rows in tall.split(block):
         triangle = torch.linalg.qr(torch.cat([triangle, rows.double()]), mode="r").R
     _check_finite(triangle)
     return triangle.T
-
-
-def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, borrow_as: str) -> tuple[Tensor, Tensor]:
-    """Round X = projection @ wide to dtype, a block of columns at a time, in the projection's precision.
-
-    wide: (r, n); projection: (k, r). Returns the rounded X (k, n), laid out as `wide` is, and, with
-    x its rounding errors, X x^T and x x^T as one (2, k, k) in float64.
-    """
-    exact, device, height = projection.dtype, projection.device, projection.shape[0]
-    upright = wide.stride(1) == 1
-    size = (height, wide.shape[1]) if upright else (wide.shape[1], height)
-    result = lent(borrow_as, size, dtype) if borrow_as else torch.empty(size, dtype=dtype)
-    moments = torch.zeros(2, height, height, dtype=exact, device=device)
-    stored = wide if upright else wide.T
-    blocks, targets = (matrix.split(_ROWS_OF_FLOAT32, int(upright)) for matrix in (stored, result))
-    for block, target in zip(blocks, targets, strict=True):
-        converted = scratch("converted", block.shape, exact, device).copy_(block)
-        both = scratch("product and error", (2, *target.shape), exact, device)
-        product, error = both
-        # A product of transposes, where that is how the factors are laid out.
-        torch.mm(projection, converted, out=product) if upright else torch.mm(converted, projection.T, out=product)
-        target.copy_(product)
-        if dtype is not exact:
-            error.copy_(target).sub_(product)
-            both, error = (both, error.T) if upright else (both.mT, error)
-            moments.baddbmm_(both, error.expand(2, *error.shape))
-    return result if upright else result.T, moments.double()
-
-
-def idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
-    """Rows q (count, r) whose q @ down are the strongest directions of down that are not kept."""
-    rank = found.p.shape[0]
-    kept = found.numerical_rank
-    rest = torch.eye(rank, dtype=torch.float64, device=found.p.device) - found.p[:, :kept] @ found.q[:kept]
-    gram = rest @ second_moment(layer.down.T).to(rest.device) @ rest.T
-    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
-    return vectors.T @ rest
 
 
 def _check_finite(values: Tensor) -> None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import LoraLayer
-from lora_squeeze.spectrum import Basis, Truncation, basis, basis_from_roots, triangular_root, truncate
+from lora_squeeze.spectrum import Basis, basis, basis_from_roots, triangular_root
+from lora_squeeze.truncation import Truncation, truncate
 
 __all__ = ["basis_on_data", "truncate_on_data"]
 

@@ -54,6 +54,7 @@ ORDER = [
     "summary",
     "exploration",
     "spectrum",
+    "truncation",
     "formats.hashing",
     "formats.tensors",
     "formats.writing",

@@ -9,7 +9,8 @@ from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.moments import LayerMoments, Moments
 from lora_squeeze.policies import energy, params
-from lora_squeeze.spectrum import basis, truncate
+from lora_squeeze.spectrum import basis
+from lora_squeeze.truncation import truncate
 from lora_squeeze.whitening import basis_on_data, truncate_on_data
 
 SHAPES = {

@@ -26,7 +26,8 @@ from lora_squeeze.adapter import LayerSpec, LoraLayer
 from lora_squeeze.decomposition import spectrum_of
 from lora_squeeze.errors import SettingsError
 from lora_squeeze.records import Spectrum
-from lora_squeeze.spectrum import Basis, bases, idle_rows
+from lora_squeeze.spectrum import Basis, bases
+from lora_squeeze.truncation import idle_rows
 
 __all__ = ["BALANCES", "Change", "changes_to", "check_balance", "decomposed"]
 
