@@ -29,7 +29,7 @@ PLACES = {
     "lora_squeeze.formats.tensors:SafetensorsFile.read": READ,
     "lora_squeeze.spectrum:second_moment": MOMENTS,
     "lora_squeeze.compression:bases": CORE,
-    "lora_squeeze.compression:truncate": PRODUCTS,
+    "lora_squeeze.compression:truncate_together": PRODUCTS,
     "lora_squeeze.formats.hashing:RunningHash.hand_in": HASH,
     "lora_squeeze.formats.hashing:RunningHash.result": HASH,
     "lora_squeeze.formats.writing:_write_block": WRITE,

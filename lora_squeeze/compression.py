@@ -16,10 +16,9 @@ from lora_squeeze.formats.tensors import DTYPES, dtype_spelling
 from lora_squeeze.policies import Cost
 from lora_squeeze.provenance import ENTRY, stated
 from lora_squeeze.records import Ranks, SqueezedLayer, error_over_all
-from lora_squeeze.scratch import beside
 from lora_squeeze.serving import fit, needs_one_alpha
 from lora_squeeze.spectrum import Basis, bases, check_device
-from lora_squeeze.truncation import Truncation, truncate
+from lora_squeeze.truncation import Cut, Truncation, truncate_together
 from lora_squeeze.whitening import truncate_on_data
 
 __all__ = ["compress", "file_cost"]
@@ -87,7 +86,7 @@ def compress(
             )
     adapter.hash_along()
     calibration = source.calibration if isinstance(source, Decomposition) else ""
-    cut = truncate_on_data if calibration else truncate
+    cut = truncate_on_data if calibration else truncate_together
     errors: dict[str, SqueezedLayer] = {}
 
     def decomposed(names: Sequence[str], loaded: Sequence[LoraLayer]) -> list[Basis]:
@@ -96,28 +95,31 @@ def compress(
         with naming(adapter):
             return bases(loaded, method=method, device=device)
 
-    def squeezed(name: str, layer: LoraLayer, found: Basis, *, borrow: bool) -> LoraLayer:
-        before, after = adapter.layers[name], layers[name]
-        unchanged = before == after
+    def squeezed(names: Sequence[str], loaded: Sequence[LoraLayer], *, borrow: bool) -> list[LoraLayer]:
+        found = decomposed(names, loaded)
         with naming(adapter):
-            spectrum = spectrum_of(before, layer, found)
-        result = Truncation(layer, 0.0) if unchanged else _truncated(layer, found, after, cut, borrow=borrow)
-        errors[name] = SqueezedLayer(spectrum, after.rank, result.relative_error)
-        if on_layer is not None:
-            on_layer(errors[name])
-        return result.layer
+            spectra = [spectrum_of(adapter.layers[one[0]], *one[1:]) for one in zip(names, loaded, found, strict=True)]
+        cuts = {
+            layer.name: _cut(layer, own, layers[layer.name])
+            for layer, own in zip(loaded, found, strict=True)
+            if layers[layer.name] != adapter.layers[layer.name]
+        }
+        results = {one.layer.name: one for one in cut(list(cuts.values()), borrow=borrow)}
+        made: list[LoraLayer] = []
+        for name, layer, spectrum in zip(names, loaded, spectra, strict=True):
+            result = results.get(name) or Truncation(layer, 0.0)
+            _check_finite(result, layers[name])
+            errors[name] = SqueezedLayer(spectrum, layers[name].rank, result.relative_error)
+            if on_layer is not None:
+                on_layer(errors[name])
+            made.append(result.layer)
+        return made
 
     def load(name: str) -> LoraLayer:
-        layer = adapter.load(name)
-        return squeezed(name, layer, *decomposed([name], [layer]), borrow=False)
+        return squeezed([name], [adapter.load(name)], borrow=False)[0]
 
     def borrow(names: Sequence[str]) -> list[LoraLayer]:
-        sources = borrow_together(adapter, names)
-        results: list[LoraLayer] = []
-        for place, one in enumerate(zip(names, sources, decomposed(names, sources), strict=True)):
-            with beside(place):
-                results.append(squeezed(*one, borrow=True))
-        return results
+        return squeezed(names, borrow_together(adapter, names), borrow=True)
 
     ahead = _Ahead(adapter, borrow)
 
@@ -227,20 +229,20 @@ def _shared_scale(adapter: Adapter) -> float:
     return scales.most_common(1)[0][0] if scales else 0.0
 
 
-def _truncated(
-    layer: LoraLayer, found: Basis, spec: LayerSpec, cut: Callable[..., Truncation], *, borrow: bool
-) -> Truncation:
-    squeezed = cut(
+def _cut(layer: LoraLayer, found: Basis, spec: LayerSpec) -> Cut:
+    """What makes of a layer what is specified."""
+    return Cut(
         layer,
         found,
         spec.rank,
         scale=spec.scale,
         down_dtype=DTYPES[spec.down_dtype],
         up_dtype=DTYPES[spec.up_dtype],
-        borrow=borrow,
     )
-    if not math.isfinite(squeezed.relative_error):
+
+
+def _check_finite(result: Truncation, spec: LayerSpec) -> None:
+    if not math.isfinite(result.relative_error):
         raise RankError(
             f"layer '{spec.name}': its new factors overflow {spec.down_dtype}; choose a wider dtype, as --dtype bf16"
         )
-    return squeezed

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lora_squeeze.scratch import scratch_like
+from lora_squeeze.scratch import scratch_views
 
 __all__ = ["second_moment"]
 
@@ -23,31 +23,49 @@ _ROWS = 2048
 # it takes up to twice as long for each number, so a split in halves gains nothing.
 _TILE = 12
 
+_Pairs = list[tuple[Tensor, Tensor]]
+
 
 def second_moment(tall: Tensor) -> Tensor:
     """tall^T @ tall in float64, converting a block of rows at a time: (rows, r) → (r, r)."""
     width, device = tall.shape[1], tall.device
-    strips = _strips(width) if device.type == "cpu" else ((0, width),)
-    total = torch.zeros(width, width, dtype=torch.float64, device=device)
-    targets = [total[start:, start:end] for start, end in strips]
-    # Taking a view costs as much as a small product, so each is taken once for all blocks of a size.
-    views: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    upright = tall.stride(1) == 1
+    total, targets, mirrored = scratch_views("total", (width, width), torch.float64, device, _halves)
+    total.zero_()
     for rows in tall.split(_ROWS):
-        converted = scratch_like("converted", rows, torch.float64, device)
-        if (pairs := views.get(len(rows))) is None:
-            pairs = [(converted[:, start:].T, converted[:, start:end]) for start, end in strips]
-            views[len(rows)] = pairs
+        shape = rows.shape if upright else rows.shape[::-1]
+        strips = _strips_of_rows if upright else _strips_of_columns
+        converted, pairs = scratch_views("converted", shape, torch.float64, device, strips)
         converted.copy_(rows)
         for target, (left, right) in zip(targets, pairs, strict=True):
             target.addmm_(left, right)
-    for start, end in strips[:-1]:
-        total[start:end, end:] = total[end:, start:end].T
-    return total
+    for target, source in mirrored:
+        target.copy_(source)
+    return total.clone()
+
+
+def _halves(total: Tensor) -> tuple[Tensor, list[Tensor], _Pairs]:
+    """The strips of the lower half, and what of the upper one is the mirror image of what."""
+    strips = _strips(len(total), total.device.type)
+    mirrored = [(total[start:end, end:], total[end:, start:end].T) for start, end in strips[:-1]]
+    return total, [total[start:, start:end] for start, end in strips], mirrored
+
+
+def _strips_of_rows(tall: Tensor) -> tuple[Tensor, _Pairs]:
+    """What is multiplied with what for each strip."""
+    strips = _strips(tall.shape[1], tall.device.type)
+    return tall, [(tall[:, start:].T, tall[:, start:end]) for start, end in strips]
+
+
+def _strips_of_columns(wide: Tensor) -> tuple[Tensor, _Pairs]:
+    return _strips_of_rows(wide.T)
 
 
 @lru_cache
-def _strips(width: int) -> tuple[tuple[int, int], ...]:
+def _strips(width: int, device_type: str) -> tuple[tuple[int, int], ...]:
     """Strips of columns, from the diagonal downwards, that leave out most of what follows from symmetry."""
+    if device_type != "cpu":
+        return ((0, width),)
     bounds = [0]
     while bounds[-1] < width:
         rest = width - bounds[-1]

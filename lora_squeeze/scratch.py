@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["beside", "lent", "scratch", "scratch_like"]
+__all__ = ["beside", "lent", "scratch", "scratch_views"]
+
+Views = TypeVar("Views")
 
 
 class _Memory(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
         self.place = 0
-        self.views: dict[tuple[str, torch.device, Sequence[int], torch.dtype], torch.Tensor] = {}
+        self.views: dict[tuple[str, torch.device, Sequence[int], torch.dtype, Callable[[torch.Tensor], Any]], Any] = {}
 
 
 _memory = _Memory()
 
 
-def scratch(role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor, valid until this thread asks for the same role again."""
-    wanted = (role, device, shape, dtype)
+def scratch_views(
+    role: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    take: Callable[[torch.Tensor], Views],
+) -> Views:
+    """What `take` makes of an uninitialised tensor, valid until this thread asks for the same role again.
+
+    Taking a view costs as much as a small product. So the views are kept, as long as their memory is.
+    """
+    wanted = (role, device, shape, dtype, take)
     if (known := _memory.views.get(wanted)) is not None:
         return known
     size = math.prod(shape) * dtype.itemsize
@@ -36,15 +48,17 @@ def scratch(role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
     if buffer is None or len(buffer) < size:
         buffer = _memory.buffers[role, device] = torch.empty(size, dtype=torch.uint8, device=device)
         _memory.views = {key: view for key, view in _memory.views.items() if key[:2] != (role, device)}
-    view = _memory.views[wanted] = buffer[:size].view(dtype).view(shape)
-    return view
+    found = _memory.views[wanted] = take(buffer[:size].view(dtype).view(shape))
+    return found
 
 
-def scratch_like(role: str, matrix: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`scratch` with the shape of this matrix, its rows or its columns contiguous as they are there."""
-    if matrix.stride(1) == 1:
-        return scratch(role, matrix.shape, dtype, device)
-    return scratch(role, matrix.shape[::-1], dtype, device).T
+def scratch(role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor, valid until this thread asks for the same role again."""
+    return scratch_views(role, shape, dtype, device, _whole)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def lent(role: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +11,38 @@ from torch import Tensor
 
 from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.gram import second_moment
-from lora_squeeze.scratch import lent, scratch
+from lora_squeeze.scratch import beside, lent, scratch, scratch_views
 from lora_squeeze.spectrum import Basis
 
-__all__ = ["Truncation", "idle_rows", "truncate"]
+__all__ = ["Cut", "Truncation", "idle_rows", "truncate", "truncate_together"]
 
 # float32 products lose digits where the terms of up @ P are larger than their sum. Half-precision
 # factors are rounded far more coarsely than that, up to this growth.
 _FLOAT32_GROWTH = 256.0
 # Rows of a factor that are converted at a time, to stay within the cache: 2 MiB at rank 64.
 _ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A layer, its change of basis and what is to become of it; the fields are the arguments of `truncate`."""
+
+    layer: LoraLayer
+    basis: Basis
+    rank: int
+    scale: float
+    down_dtype: torch.dtype | None = None
+    up_dtype: torch.dtype | None = None
+
+    @property
+    def kept(self) -> int:
+        """How many of its directions are not idle."""
+        return min(self.rank, self.basis.numerical_rank)
+
+    @property
+    def ratio(self) -> float:
+        """What the new factors have to be larger by, as the scale is smaller."""
+        return self.layer.scale / self.scale if self.scale else 1.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,6 @@ def truncate(
     scale: float | None = None,
     down_dtype: torch.dtype | None = None,
     up_dtype: torch.dtype | None = None,
-    borrow: bool = False,
 ) -> Truncation:
     """The best approximation of ΔW of at most this rank, balanced, and what it loses.
 
@@ -48,17 +70,38 @@ def truncate(
     down_dtype, up_dtype
         of the result (default: float32 or float64, whichever it was computed in). Every number is
         rounded once.
-    borrow
-        the result may lie in memory that this thread's next `truncate` uses again.
 
     Directions beyond the numerical rank come out with a zero column in `up` and, where the source
     has one to offer, a non-zero row in `down`: they change nothing, but can learn again if training
     goes on.
     """
-    scale = layer.scale if scale is None else scale
-    ratio = layer.scale / scale if scale else 1.0
-    half = abs(ratio) ** 0.5
-    kept = min(rank, found.numerical_rank)
+    (result,) = truncate_together(
+        [Cut(layer, found, rank, layer.scale if scale is None else scale, down_dtype, up_dtype)]
+    )
+    return result
+
+
+def truncate_together(cuts: Sequence[Cut], *, borrow: bool = False) -> list[Truncation]:
+    """`truncate` for each of these; faster than one at a time, as the small steps are done for all at once.
+
+    borrow
+        the results may lie in memory that this thread's next call uses again.
+    """
+    if not cuts:
+        return []
+    size = max(cut.rank for cut in cuts)
+    roundings = torch.zeros(len(cuts), 2, 2, size, size, dtype=torch.float64, device=cuts[0].basis.p.device)
+    layers: list[LoraLayer] = []
+    for place, (cut, rounding) in enumerate(zip(cuts, roundings, strict=True)):
+        with beside(place):
+            layers.append(_applied(cut, rounding, borrow=borrow))
+    return [Truncation(*one) for one in zip(layers, _errors(cuts, roundings), strict=True)]
+
+
+def _applied(cut: Cut, rounding: Tensor, *, borrow: bool) -> LoraLayer:
+    """The layer of lower rank. `rounding` (2, 2, k, k) takes up `_project`'s moments, down's first."""
+    layer, found, rank, kept = cut.layer, cut.basis, cut.rank, cut.kept
+    half = abs(cut.ratio) ** 0.5
     p, q = found.p[:, :rank] * half, found.q[:rank] * half
     if kept < rank:
         p = torch.cat([p[:, :kept], p.new_zeros(p.shape[0], rank - kept)], dim=1)
@@ -66,23 +109,37 @@ def truncate(
     halves = layer.up.element_size() <= 2 and layer.down.element_size() <= 2
     safe = kept == 0 or float(found.growth[:kept].max()) <= _FLOAT32_GROWTH
     exact = torch.float32 if halves and safe else torch.float64
-    q, p = q.to(exact), (p.T if ratio >= 0 else -p.T).to(exact)
-    down, (down_cross, down_noise) = _project(layer.down, q, down_dtype or exact, "squeezed down" if borrow else "")
-    up, (up_cross, up_noise) = _project(layer.up.T, p, up_dtype or exact, "squeezed up" if borrow else "")
+    q, p = q.to(exact), (p.T if cut.ratio >= 0 else -p.T).to(exact)
+    down = _project(layer.down, q, cut.down_dtype or exact, rounding[0], "squeezed down" if borrow else "")
+    up = _project(layer.up.T, p, cut.up_dtype or exact, rounding[1], "squeezed up" if borrow else "")
+    return LoraLayer(name=layer.name, down=down, up=up.T, scale=cut.scale)
+
+
+def _errors(cuts: Sequence[Cut], roundings: Tensor) -> list[float]:
+    """Each relative error, from (layers, 2, 2, k, k): of down and up, the products and squares of rounding errors."""
     # With X = up P, Y = Q down and their rounding errors x and y, X^T X = Y Y^T = S and
     # ‖(X + x)(Y + y) - X Y‖² = ‖x (Y + y) + X y‖²: k×k numbers that suffer no cancellation. What was
     # cut off is orthogonal to X and to Y, so the two losses add up as squares.
-    values = found.singular_values[:kept] * abs(ratio)
+    size = roundings.shape[-1]
+    spectra = [cut.basis.singular_values.tolist() for cut in cuts]
+    kept = [
+        [value * abs(cut.ratio) for value in values[: cut.kept]] + [0.0] * (size - cut.kept)
+        for cut, values in zip(cuts, spectra, strict=True)
+    ]
+    sizes = torch.tensor(kept, dtype=torch.float64, device=roundings.device)
+    (down_cross, down_noise), (up_cross, up_noise) = (pair.unbind(1) for pair in roundings.unbind(1))
     down_sum = down_cross + down_noise
-    rounding = (up_noise * (down_sum + down_cross.T)).sum() + 2 * (up_cross.T * down_sum).sum()
-    rounding += values @ (up_noise.diagonal() + down_noise.diagonal())[:kept]
-    energies = found.singular_values.square()
-    cut, energy = float(energies[kept:].sum()) * layer.scale**2, float(energies.sum()) * layer.scale**2
-    lost = cut + float(rounding) * scale**2
-    return Truncation(
-        layer=LoraLayer(name=layer.name, down=down, up=up.T, scale=scale),
-        relative_error=math.sqrt(max(lost, 0.0) / energy) if energy > 0 else 0.0,
-    )
+    of_up = up_noise * (down_sum + down_cross.mT + torch.diag_embed(sizes)) + 2 * up_cross.mT * down_sum
+    of_down = sizes * down_noise.diagonal(dim1=1, dim2=2)
+    rounded = (of_up.sum((1, 2)) + of_down.sum(1)).tolist()
+    return [_error(*one) for one in zip(cuts, spectra, rounded, strict=True)]
+
+
+def _error(cut: Cut, values: Sequence[float], rounded: float) -> float:
+    energies = [value * value for value in values]
+    energy, lost = sum(energies) * cut.layer.scale**2, sum(energies[cut.kept :]) * cut.layer.scale**2
+    lost += rounded * cut.scale**2
+    return math.sqrt(max(lost, 0.0) / energy) if energy > 0 else 0.0
 
 
 def idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
@@ -95,28 +152,39 @@ def idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
     return vectors.T @ rest
 
 
-def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, borrow_as: str) -> tuple[Tensor, Tensor]:
+def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, rounding: Tensor, borrow_as: str) -> Tensor:
     """Round X = projection @ wide to dtype, a block of columns at a time, in the projection's precision.
 
-    wide: (r, n); projection: (k, r). Returns the rounded X (k, n), laid out as `wide` is, and, with
-    x its rounding errors, X x^T and x x^T as one (2, k, k) in float64.
+    wide: (r, n); projection: (k, r). Returns the rounded X (k, n), laid out as `wide` is. With x its
+    rounding errors, X x^T and x x^T go into the corner of `rounding` (2, ≥ k, ≥ k).
     """
     exact, device, height = projection.dtype, projection.device, projection.shape[0]
     upright = wide.stride(1) == 1
     size = (height, wide.shape[1]) if upright else (wide.shape[1], height)
     result = lent(borrow_as, size, dtype) if borrow_as else torch.empty(size, dtype=dtype)
-    moments = torch.zeros(2, height, height, dtype=exact, device=device)
-    stored = wide if upright else wide.T
+    # A product of transposes, where that is how the factors are laid out.
+    stored, projection = (wide, projection) if upright else (wide.T, projection.T)
+    moments = scratch("moments", (2, height, height), exact, device).zero_()
     blocks, targets = (matrix.split(_ROWS, int(upright)) for matrix in (stored, result))
     for block, target in zip(blocks, targets, strict=True):
         converted = scratch("converted", block.shape, exact, device).copy_(block)
-        both = scratch("product and error", (2, *target.shape), exact, device)
-        product, error = both
-        # A product of transposes, where that is how the factors are laid out.
-        torch.mm(projection, converted, out=product) if upright else torch.mm(converted, projection.T, out=product)
+        views = _views_of_rows if upright else _views_of_columns
+        product, error, both, errors = scratch_views("product and error", (2, *target.shape), exact, device, views)
+        torch.mm(*((projection, converted) if upright else (converted, projection)), out=product)
         target.copy_(product)
         if dtype is not exact:
             error.copy_(target).sub_(product)
-            both, error = (both, error.T) if upright else (both.mT, error)
-            moments.baddbmm_(both, error.expand(2, *error.shape))
-    return result if upright else result.T, moments.double()
+            moments.baddbmm_(both, errors)
+    rounding[:, :height, :height] = moments
+    return result if upright else result.T
+
+
+def _views_of_rows(both: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X, x, both of them, and x^T once for each of them."""
+    product, error = both
+    return product, error, both, error.T.expand(2, *error.T.shape)
+
+
+def _views_of_columns(both: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    product, error = both
+    return product, error, both.mT, error.expand(2, *error.shape)

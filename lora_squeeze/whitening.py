@@ -13,6 +13,7 @@ numbers. The squared singular values are energies of the output, comparable acro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.spectrum import Basis, basis, basis_from_roots, triangular_root
-from lora_squeeze.truncation import Truncation, truncate
+from lora_squeeze.truncation import Cut, Truncation, truncate_together
 
 __all__ = ["basis_on_data", "truncate_on_data"]
 
@@ -64,24 +65,25 @@ def basis_on_data(layer: LoraLayer, down: Tensor, up: Tensor | None = None, *, d
     return replace(found, p=found.p * ratio, q=found.q / ratio[:, None], growth=_unknown(found))
 
 
-def truncate_on_data(layer: LoraLayer, found: Basis, rank: int, **options: object) -> Truncation:
-    """The approximation of at most this rank that loses least on the data, and what it loses of the output.
+def truncate_on_data(cuts: Sequence[Cut], *, borrow: bool = False) -> list[Truncation]:
+    """The approximations that lose least on the data, and what they lose of the output; as `truncate_together`.
 
-    options
-        as for `truncate`.
-
-    The error is √(E‖ΔW x − ΔW' x‖² / E‖ΔW x‖²) on the calibration data. What is cut off is exact; the
+    The errors are √(E‖ΔW x − ΔW' x‖² / E‖ΔW x‖²) on the calibration data. What is cut off is exact; the
     rounding to 16 bits, which has no preferred direction, is added by its Frobenius norm.
     """
-    result = truncate(layer, found, rank, **options)  # pyright: ignore[reportArgumentType]
-    energies = found.singular_values.square()
-    total, kept = float(energies.sum()), float(energies[:rank].sum())
+    results = truncate_together(cuts, borrow=borrow)
+    return [replace(result, relative_error=_error(cut, result)) for cut, result in zip(cuts, results, strict=True)]
+
+
+def _error(cut: Cut, result: Truncation) -> float:
+    energies = cut.basis.singular_values.square()
+    total, kept = float(energies.sum()), float(energies[: cut.rank].sum())
     if total == 0 or not math.isfinite(result.relative_error):
-        return replace(result, relative_error=0.0 if math.isfinite(result.relative_error) else math.inf)
-    lost = max(total - kept, float(energies[rank:].sum())) / total
+        return 0.0 if math.isfinite(result.relative_error) else math.inf
+    lost = max(total - kept, float(energies[cut.rank :].sum())) / total
     if result.layer.up.element_size() <= 2 or result.layer.down.element_size() <= 2:
-        lost += kept / total * _rounding(layer, found, min(rank, found.numerical_rank), result.layer)
-    return replace(result, relative_error=math.sqrt(lost))
+        lost += kept / total * _rounding(cut.layer, cut.basis, cut.kept, result.layer)
+    return math.sqrt(lost)
 
 
 def _root(moment: Tensor, plain: Tensor) -> Tensor:

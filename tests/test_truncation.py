@@ -22,7 +22,7 @@ from factors import (
 
 from lora_squeeze import LoraLayer
 from lora_squeeze.spectrum import basis, singular_values
-from lora_squeeze.truncation import truncate
+from lora_squeeze.truncation import Cut, truncate, truncate_together
 
 
 @every_route
@@ -218,3 +218,36 @@ def test_every_device_gives_the_dense_truncation(method, device, dtype):
     assert found.p.device.type == device
     assert squeezed.up.device.type == squeezed.down.device.type == "cpu"
     assert relative(dense(squeezed), dense_truncation(layer, 3)) < 1e-6
+
+
+@pytest.mark.parametrize("borrow", [False, True], ids=["own memory", "borrowed memory"])
+def test_layers_together_are_what_they_are_alone(borrow):
+    layers = [
+        random_layer(SHAPES["tall"], torch.bfloat16),
+        random_layer(SHAPES["very wide"], torch.float16, seed=1, scale=-2.0),
+        random_layer(SHAPES["tall"], torch.bfloat16, seed=2),
+        random_layer(SHAPES["square"], torch.float32, seed=3, scale=0.0),
+        random_layer((20000, 30, 24), torch.bfloat16, seed=4),
+    ]
+    layers[2].up[:, 1:] = 0  # has idle directions
+    plans = [(2, 0.5), (4, 7.0), (3, -1.0), (5, 2.0), (1, 0.5)]
+    cuts = [
+        Cut(layer, basis(layer), rank, scale, layer.down.dtype, layer.up.dtype)
+        for layer, (rank, scale) in zip(layers, plans, strict=True)
+    ]
+
+    together = truncate_together(cuts, borrow=borrow)
+
+    for cut, result in zip(cuts, together, strict=True):
+        dtypes = {"down_dtype": cut.down_dtype, "up_dtype": cut.up_dtype}
+        alone = truncate(cut.layer, cut.basis, cut.rank, scale=cut.scale, **dtypes)
+        assert (result.layer.name, result.layer.scale) == (alone.layer.name, alone.layer.scale)
+        assert torch.equal(result.layer.down, alone.layer.down)
+        assert torch.equal(result.layer.up, alone.layer.up)
+        assert result.relative_error == pytest.approx(alone.relative_error, rel=1e-12)
+    assert together[1].relative_error > 0
+    assert together[3].relative_error == 0
+
+
+def test_no_layers_together_are_none():
+    assert truncate_together([]) == []

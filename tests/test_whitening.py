@@ -10,7 +10,7 @@ from lora_squeeze.errors import AdapterError
 from lora_squeeze.moments import LayerMoments, Moments
 from lora_squeeze.policies import energy, params
 from lora_squeeze.spectrum import basis
-from lora_squeeze.truncation import truncate
+from lora_squeeze.truncation import Cut, truncate
 from lora_squeeze.whitening import basis_on_data, truncate_on_data
 
 SHAPES = {
@@ -22,6 +22,10 @@ SHAPES = {
     "one token": (24, 40, 8, 1),
     "fewer tokens than in": (24, 40, 8, 20),
 }
+
+
+def on_data(layer, found, rank, **dtypes):
+    return truncate_on_data([Cut(layer, found, rank, layer.scale, **dtypes)])[0]
 
 
 def problem(shape, *, seed=0, dtype=torch.float64, scale=0.5):
@@ -73,7 +77,7 @@ def test_no_update_of_this_rank_loses_less(shape, with_gradients):
     found = basis_on_data(layer, *moments_of(layer, inputs, gradients))
     whole = float(lost(delta(layer), inputs, gradients).norm())
     for rank in range(1, min(shape[:3])):
-        squeezed = truncate_on_data(layer, found, rank)
+        squeezed = on_data(layer, found, rank)
         ours = float(lost(delta(layer) - delta(squeezed.layer), inputs, gradients).norm())
         assert ours <= optimum(layer, inputs, rank, gradients) + 1e-6 * whole
         assert squeezed.relative_error == pytest.approx(ours / whole, abs=1e-6)
@@ -84,7 +88,7 @@ def test_it_loses_less_than_the_plain_truncation():
     found = basis_on_data(layer, *moments_of(layer, inputs))
     plain = basis(layer)
     for rank in (1, 2, 4):
-        ours = lost(delta(layer) - delta(truncate_on_data(layer, found, rank).layer), inputs).norm()
+        ours = lost(delta(layer) - delta(on_data(layer, found, rank).layer), inputs).norm()
         theirs = lost(delta(layer) - delta(truncate(layer, plain, rank).layer), inputs).norm()
         assert ours < 0.8 * theirs
 
@@ -101,7 +105,7 @@ def test_identical_inputs_in_all_directions_are_the_plain_route():
     inputs = torch.eye(40, dtype=torch.float64)
     found, plain = basis_on_data(layer, *moments_of(layer, inputs)), basis(layer)
     for rank in (1, 3, 8):
-        ours, theirs = truncate_on_data(layer, found, rank), truncate(layer, plain, rank)
+        ours, theirs = on_data(layer, found, rank), truncate(layer, plain, rank)
         assert torch.allclose(delta(ours.layer), delta(theirs.layer), atol=1e-7)
         assert ours.relative_error == pytest.approx(theirs.relative_error, abs=1e-7)
 
@@ -109,7 +113,7 @@ def test_identical_inputs_in_all_directions_are_the_plain_route():
 def test_the_factors_are_balanced_and_lie_in_the_old_ones():
     layer, inputs, gradients = problem(SHAPES["wide"])
     found = basis_on_data(layer, *moments_of(layer, inputs, gradients))
-    squeezed = truncate_on_data(layer, found, 3).layer
+    squeezed = on_data(layer, found, 3).layer
     assert torch.allclose(squeezed.up.norm(dim=0), squeezed.down.norm(dim=1))
     assert torch.allclose(found.q @ found.p, torch.eye(8, dtype=torch.float64), atol=1e-9)
 
@@ -117,11 +121,11 @@ def test_the_factors_are_balanced_and_lie_in_the_old_ones():
 def test_what_the_data_never_excite_is_kept_where_there_is_room():
     layer, inputs, _ = problem(SHAPES["one token"])
     found = basis_on_data(layer, *moments_of(layer, inputs))
-    everything = truncate_on_data(layer, found, 8).layer
+    everything = on_data(layer, found, 8).layer
     assert torch.allclose(delta(everything), delta(layer), atol=1e-6)
     # Behind the one direction that counts, the strongest ones of the weights follow.
-    kept = truncate_on_data(layer, found, 4).layer
-    alone = truncate_on_data(layer, found, 1).layer
+    kept = on_data(layer, found, 4).layer
+    alone = on_data(layer, found, 1).layer
     assert (delta(layer) - delta(kept)).norm() < 0.9 * (delta(layer) - delta(alone)).norm()
 
 
@@ -129,7 +133,7 @@ def test_a_layer_that_is_never_reached_is_truncated_as_without_data():
     layer, _, _ = problem(SHAPES["wide"])
     found = basis_on_data(layer, torch.zeros(8, 8, dtype=torch.float64))
     assert not found.singular_values.any()
-    ours, theirs = truncate_on_data(layer, found, 3), truncate(layer, basis(layer), 3)
+    ours, theirs = on_data(layer, found, 3), truncate(layer, basis(layer), 3)
     assert torch.allclose(delta(ours.layer), delta(theirs.layer), atol=1e-12)
     assert ours.relative_error == 0.0
 
@@ -138,7 +142,7 @@ def test_an_update_of_zero_stays_zero():
     layer, inputs, _ = problem(SHAPES["wide"])
     layer = LoraLayer("layer", layer.down, torch.zeros_like(layer.up), layer.scale)
     found = basis_on_data(layer, *moments_of(layer, inputs))
-    squeezed = truncate_on_data(layer, found, 2)
+    squeezed = on_data(layer, found, 2)
     assert squeezed.relative_error == 0.0
     assert not squeezed.layer.up.any()
     assert squeezed.layer.down.isfinite().all()
@@ -148,7 +152,7 @@ def test_an_update_of_zero_stays_zero():
 def test_rounding_counts_into_the_error(dtype):
     layer, inputs, _ = problem(SHAPES["wide"], dtype=dtype)
     found = basis_on_data(layer, *moments_of(layer, inputs))
-    squeezed = truncate_on_data(layer, found, 8, down_dtype=dtype, up_dtype=dtype)
+    squeezed = on_data(layer, found, 8, down_dtype=dtype, up_dtype=dtype)
     rounding = delta(squeezed.layer) - delta(layer)
     assert squeezed.relative_error == pytest.approx(float(rounding.norm() / delta(layer).norm()), rel=0.02)
     assert squeezed.relative_error > 1e-4
