@@ -244,10 +244,8 @@ def _from_coordinates(right: Tensor, left: Tensor, values: Tensor, up_norms: Ten
     terms = torch.maximum(up_norms[:, None] @ p.abs(), (q.abs() @ down_norms[..., None]).mT)
     growths = terms[:, 0] * inverses
     alive = (~dead).sum(dim=1).tolist()
-    return [
-        Basis(singular_values=values[at], p=p[at], q=q[at], numerical_rank=alive[at], growth=growths[at])
-        for at in range(len(alive))
-    ]
+    parts = (values.unbind(), p.unbind(), q.unbind(), alive, growths.unbind())
+    return [Basis(*own) for own in zip(*parts, strict=True)]
 
 
 def _cholesky_roots(moments: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:

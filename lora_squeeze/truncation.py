@@ -102,12 +102,14 @@ def _applied(cut: Cut, rounding: Tensor, *, borrow: bool) -> LoraLayer:
     """The layer of lower rank. `rounding` (2, 2, k, k) takes up `_project`'s moments, down's first."""
     layer, found, rank, kept = cut.layer, cut.basis, cut.rank, cut.kept
     half = abs(cut.ratio) ** 0.5
-    p, q = found.p[:, :rank] * half, found.q[:rank] * half
+    p, q = found.p[:, :rank], found.q[:rank]
+    if half != 1:
+        p, q = p * half, q * half
     if kept < rank:
         p = torch.cat([p[:, :kept], p.new_zeros(p.shape[0], rank - kept)], dim=1)
         q = torch.cat([q[:kept], idle_rows(layer, found, rank - kept)])
     halves = layer.up.element_size() <= 2 and layer.down.element_size() <= 2
-    safe = kept == 0 or float(found.growth[:kept].max()) <= _FLOAT32_GROWTH
+    safe = max(found.growth.tolist()[:kept], default=0.0) <= _FLOAT32_GROWTH
     exact = torch.float32 if halves and safe else torch.float64
     q, p = q.to(exact), (p.T if cut.ratio >= 0 else -p.T).to(exact)
     down = _project(layer.down, q, cut.down_dtype or exact, rounding[0], "squeezed down" if borrow else "")
@@ -165,8 +167,7 @@ def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, rounding: Ten
     # A product of transposes, where that is how the factors are laid out.
     stored, projection = (wide, projection) if upright else (wide.T, projection.T)
     moments = scratch("moments", (2, height, height), exact, device).zero_()
-    blocks, targets = (matrix.split(_ROWS, int(upright)) for matrix in (stored, result))
-    for block, target in zip(blocks, targets, strict=True):
+    for block, target in zip(_blocks(stored, upright), _blocks(result, upright), strict=True):
         converted = scratch("converted", block.shape, exact, device).copy_(block)
         views = _views_of_rows if upright else _views_of_columns
         product, error, both, errors = scratch_views("product and error", (2, *target.shape), exact, device, views)
@@ -177,6 +178,11 @@ def _project(wide: Tensor, projection: Tensor, dtype: torch.dtype, rounding: Ten
             moments.baddbmm_(both, errors)
     rounding[:, :height, :height] = moments
     return result if upright else result.T
+
+
+def _blocks(stored: Tensor, upright: bool) -> Sequence[Tensor]:
+    long = int(upright)
+    return [stored] if stored.shape[long] <= _ROWS else stored.split(_ROWS, long)
 
 
 def _views_of_rows(both: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

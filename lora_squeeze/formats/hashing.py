@@ -40,7 +40,8 @@ class RunningHash:
         if self._following and position >= self._end and self._lock.acquire(blocking=False):
             try:
                 if position >= self._end:
-                    self._catch_up(position)
+                    if position > self._end:
+                        self._catch_up(position)
                     self._digest.update(data)
                     self._end += len(data)
             finally:
