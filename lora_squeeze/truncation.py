@@ -19,6 +19,8 @@ __all__ = ["Cut", "Truncation", "idle_rows", "truncate", "truncate_together"]
 # float32 products lose digits where the terms of up @ P are larger than their sum. Half-precision
 # factors are rounded far more coarsely than that, up to this growth.
 _FLOAT32_GROWTH = 256.0
+# Up to this rank, k×k matrices of several layers are padded to one size and worked on together.
+_SMALL = 256
 # Rows of a factor that are converted at a time, to stay within the cache: 2 MiB at rank 64.
 _ROWS = 8192
 
@@ -87,15 +89,17 @@ def truncate_together(cuts: Sequence[Cut], *, borrow: bool = False) -> list[Trun
     borrow
         the results may lie in memory that this thread's next call uses again.
     """
-    if not cuts:
-        return []
-    size = max(cut.rank for cut in cuts)
-    roundings = torch.zeros(len(cuts), 2, 2, size, size, dtype=torch.float64, device=cuts[0].basis.p.device)
+    small = all(cut.rank <= _SMALL for cut in cuts)
     layers: list[LoraLayer] = []
-    for place, (cut, rounding) in enumerate(zip(cuts, roundings, strict=True)):
-        with beside(place):
-            layers.append(_applied(cut, rounding, borrow=borrow))
-    return [Truncation(*one) for one in zip(layers, _errors(cuts, roundings), strict=True)]
+    errors: list[float] = []
+    for group in filter(None, [cuts] if small else [[cut] for cut in cuts]):
+        size, device = max(cut.rank for cut in group), group[0].basis.p.device
+        roundings = torch.zeros(len(group), 2, 2, size, size, dtype=torch.float64, device=device)
+        for cut, rounding in zip(group, roundings, strict=True):
+            with beside(len(layers)):
+                layers.append(_applied(cut, rounding, borrow=borrow))
+        errors += _errors(group, roundings)
+    return [Truncation(*one) for one in zip(layers, errors, strict=True)]
 
 
 def _applied(cut: Cut, rounding: Tensor, *, borrow: bool) -> LoraLayer:

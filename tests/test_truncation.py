@@ -221,16 +221,18 @@ def test_every_device_gives_the_dense_truncation(method, device, dtype):
 
 
 @pytest.mark.parametrize("borrow", [False, True], ids=["own memory", "borrowed memory"])
-def test_layers_together_are_what_they_are_alone(borrow):
+@pytest.mark.parametrize("large", [False, True], ids=["small ranks", "a large one"])
+def test_layers_together_are_what_they_are_alone(borrow, large):
     layers = [
         random_layer(SHAPES["tall"], torch.bfloat16),
         random_layer(SHAPES["very wide"], torch.float16, seed=1, scale=-2.0),
         random_layer(SHAPES["tall"], torch.bfloat16, seed=2),
         random_layer(SHAPES["square"], torch.float32, seed=3, scale=0.0),
         random_layer((20000, 30, 24), torch.bfloat16, seed=4),
+        *([random_layer((400, 300, 290), torch.bfloat16, seed=5, decay=0.99)] if large else []),
     ]
     layers[2].up[:, 1:] = 0  # has idle directions
-    plans = [(2, 0.5), (4, 7.0), (3, -1.0), (5, 2.0), (1, 0.5)]
+    plans = [(2, 0.5), (4, 7.0), (3, -1.0), (5, 2.0), (1, 0.5), (280, 0.5)][: len(layers)]
     cuts = [
         Cut(layer, basis(layer), rank, scale, layer.down.dtype, layer.up.dtype)
         for layer, (rank, scale) in zip(layers, plans, strict=True)
