@@ -113,12 +113,20 @@ def _applied(cut: Cut, rounding: Tensor, *, borrow: bool) -> LoraLayer:
         p = torch.cat([p[:, :kept], p.new_zeros(p.shape[0], rank - kept)], dim=1)
         q = torch.cat([q[:kept], idle_rows(layer, found, rank - kept)])
     halves = layer.up.element_size() <= 2 and layer.down.element_size() <= 2
-    safe = max(found.growth.tolist()[:kept], default=0.0) <= _FLOAT32_GROWTH
+    safe = _full_float32() and max(found.growth.tolist()[:kept], default=0.0) <= _FLOAT32_GROWTH
     exact = torch.float32 if halves and safe else torch.float64
     q, p = q.to(exact), (p.T if cut.ratio >= 0 else -p.T).to(exact)
     down = _project(layer.down, q, cut.down_dtype or exact, rounding[0], "squeezed down" if borrow else "")
     up = _project(layer.up.T, p, cut.up_dtype or exact, rounding[1], "squeezed up" if borrow else "")
     return LoraLayer(name=layer.name, down=down, up=up.T, scale=cut.scale)
+
+
+def _full_float32() -> bool:
+    """Whether float32 products have all their digits: a process that also trains may have given some up for speed."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set for one backend alone
+        return False
 
 
 def _errors(cuts: Sequence[Cut], roundings: Tensor) -> list[float]:

@@ -251,5 +251,19 @@ def test_layers_together_are_what_they_are_alone(borrow, large):
     assert together[3].relative_error == 0
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_digits_that_a_training_gives_up_for_speed_are_not_given_up_here(precision):
+    layer = random_layer(SHAPES["tall"], torch.bfloat16)
+    before = truncate(layer, basis(layer), 3).layer
+    torch.set_float32_matmul_precision(precision)
+    try:
+        now = truncate(layer, basis(layer), 3).layer
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (before.up.dtype, before.down.dtype) == (torch.float32, torch.float32)
+    assert (now.up.dtype, now.down.dtype) == (torch.float64, torch.float64)
+    assert relative(dense(now), dense_truncation(layer, 3)) < 1e-12
+
+
 def test_no_layers_together_are_none():
     assert truncate_together([]) == []
