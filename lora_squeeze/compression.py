@@ -161,7 +161,7 @@ class _Ahead(threading.local):
 
     def expect(self, names: Sequence[str]) -> None:
         specs = [self._source.layers[name] for name in names if name in self._source.layers]
-        self._runs = {name: run for run in together(specs, most=len(specs)) for name in run}
+        self._runs = {name: run for run in together(specs) for name in run}
         self._ready = {}
 
     def borrow(self, name: str) -> LoraLayer:

@@ -16,7 +16,7 @@ from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
 from lora_squeeze.errors import AdapterError, OutputError
 from lora_squeeze.formats.tensors import memory_of
 from lora_squeeze.moments import Moments, check_moments
-from lora_squeeze.parallel import ordered_map, run_length
+from lora_squeeze.parallel import ordered_map, runs
 from lora_squeeze.records import Spectrum
 from lora_squeeze.scratch import beside
 from lora_squeeze.spectrum import Basis, bases, check_device, singular_values
@@ -86,7 +86,8 @@ def decompose(
         return [(spectrum_of(*one), one[-1]) for one in zip(specs, layers, found, strict=True)]
 
     spectra: list[Spectrum] = []
-    for run in ordered_map(work, together(adapter.layers.values(), most=run_length(len(adapter.layers)))):
+    parts = (names for run in runs([*adapter.layers.values()]) for names in together(run))
+    for run in ordered_map(work, parts):
         for spectrum, found in run:
             spectra.append(spectrum)
             spool.append(spectrum.name, found)
@@ -111,12 +112,12 @@ def _notes(moments: Moments) -> Iterator[str]:
         yield f"{len(unreached)} layers were never reached by the data and count as zero (first: {unreached[0]})"
 
 
-def together(specs: Iterable[LayerSpec], *, most: int) -> Iterator[list[str]]:
-    """The names of consecutive layers that one worker takes at a time: at most so many, and not too large ones."""
+def together(specs: Iterable[LayerSpec]) -> Iterator[list[str]]:
+    """The names of consecutive layers that are worked on at once: as many as may be in memory together."""
     names: list[str] = []
     size = 0
     for spec in specs:
-        if names and (len(names) == most or size + spec.parameters > _MOST_PARAMETERS):
+        if names and size + spec.parameters > _MOST_PARAMETERS:
             yield names
             names, size = [], 0
         names, size = [*names, spec.name], size + spec.parameters

@@ -7,14 +7,14 @@ every core busy. Torch releases the interpreter lock in its kernels, so threads 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
 import torch
 
-__all__ = ["ordered_map", "run_length"]
+__all__ = ["ordered_map", "runs"]
 
 # Consecutive items that a worker takes at a time, where that pays.
 _RUN = 4
@@ -46,9 +46,13 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> It
             torch.set_num_threads(workers)
 
 
-def run_length(count: int) -> int:
-    """How many of so many consecutive items a worker should take at a time, so that all workers have some."""
-    return max(1, min(_RUN, count // (2 * torch.get_num_threads())))
+def runs(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Consecutive items that one worker should take at a time: fewer towards the end, so that all are done together."""
+    start = 0
+    while start < len(items):
+        length = max(1, min(_RUN, (len(items) - start) // (2 * torch.get_num_threads())))
+        yield items[start : start + length]
+        start += length
 
 
 def _one_blas_thread() -> None:

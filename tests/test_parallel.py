@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from lora_squeeze.parallel import ordered_map
+from lora_squeeze.parallel import ordered_map, runs
 
 
 def test_results_come_in_the_order_of_the_items(four_workers):
@@ -50,3 +50,14 @@ def test_each_worker_has_one_blas_thread_and_the_setting_comes_back(four_workers
 
 def test_nothing_to_do():
     assert list(ordered_map(str, [])) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 100, 1000])
+def test_runs_hold_every_item_in_order_and_grow_shorter_towards_the_end(four_workers, count):
+    lengths = [len(run) for run in runs(range(count))]
+    assert [item for run in runs(range(count)) for item in run] == list(range(count))
+    assert lengths == sorted(lengths, reverse=True)
+    if count >= 100:
+        assert lengths[0] == 4
+    if count >= 8:  # enough for every worker at the end
+        assert lengths[-8:] == [1] * 8

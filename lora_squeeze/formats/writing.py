@@ -24,7 +24,7 @@ import torch
 
 from lora_squeeze.errors import OutputError
 from lora_squeeze.formats.tensors import TensorSpec, fingerprint, memory_of, read_safetensors
-from lora_squeeze.parallel import ordered_map, run_length
+from lora_squeeze.parallel import ordered_map, runs
 
 __all__ = ["Block", "safetensors_size", "write_safetensors"]
 
@@ -84,10 +84,9 @@ def write_safetensors(
                     checksums.update(ones)
                     digests.update(others)
 
-            length = run_length(len(blocks))
-            runs = [blocks[at : at + length] for at in range(0, len(blocks), length)]
+            parts = list(runs(blocks))
             with _flushing(file) as written:
-                for run, _ in zip(runs, ordered_map(write_run, runs), strict=True):
+                for run, _ in zip(parts, ordered_map(write_run, parts), strict=True):
                     written(sum(spec.nbytes for block in run for spec in block.specs))
             if late_metadata is not None:
                 found = fingerprint({spec.key: spec for spec in specs}, digests)
