@@ -84,7 +84,6 @@ def compress(
                 f"layer '{name}': a matrix of {sizes[0]} × {sizes[1]} can use a rank of {min(sizes)} at most, "
                 f"not {spec.rank}; choose a lower one"
             )
-    adapter.hash_along()
     calibration = source.calibration if isinstance(source, Decomposition) else ""
     cut = truncate_on_data if calibration else truncate_together
     errors: dict[str, SqueezedLayer] = {}
@@ -116,9 +115,11 @@ def compress(
         return made
 
     def load(name: str) -> LoraLayer:
+        adapter.hash_along()
         return squeezed([name], [adapter.load(name)], borrow=False)[0]
 
     def borrow(names: Sequence[str]) -> list[LoraLayer]:
+        adapter.hash_along()
         return squeezed(names, borrow_together(adapter, names), borrow=True)
 
     ahead = _Ahead(adapter, borrow)

@@ -44,11 +44,13 @@ def scratch_views(
     if (known := _memory.views.get(wanted)) is not None:
         return known
     size = math.prod(shape) * dtype.itemsize
-    buffer = _memory.buffers.get((role, device))
-    if buffer is None or len(buffer) < size:
-        buffer = _memory.buffers[role, device] = torch.empty(size, dtype=torch.uint8, device=device)
-        _memory.views = {key: view for key, view in _memory.views.items() if key[:2] != (role, device)}
-    found = _memory.views[wanted] = take(buffer[:size].view(dtype).view(shape))
+    # Memory outlives the mode that this thread is in when it is first asked for.
+    with torch.inference_mode(False):
+        buffer = _memory.buffers.get((role, device))
+        if buffer is None or len(buffer) < size:
+            buffer = _memory.buffers[role, device] = torch.empty(size, dtype=torch.uint8, device=device)
+            _memory.views = {key: view for key, view in _memory.views.items() if key[:2] != (role, device)}
+        found = _memory.views[wanted] = take(buffer[:size].view(dtype).view(shape))
     return found
 
 

@@ -86,6 +86,7 @@ def basis(
     return bases([layer], method=method, rank=rank, seed=seed, device=device)[0]
 
 
+@torch.no_grad()
 def bases(
     layers: Sequence[LoraLayer],
     *,

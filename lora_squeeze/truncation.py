@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,8 @@ __all__ = ["Cut", "Truncation", "idle_rows", "truncate", "truncate_together"]
 # float32 products lose digits where the terms of up @ P are larger than their sum. Half-precision
 # factors are rounded far more coarsely than that, up to this growth.
 _FLOAT32_GROWTH = 256.0
-# Up to this rank, k×k matrices of several layers are padded to one size and worked on together.
-_SMALL = 256
+# Numbers that k×k matrices of layers that are worked on together may have: 8 MiB for the four of them.
+_MOST_PADDED = 1 << 18
 # Rows of a factor that are converted at a time, to stay within the cache: 2 MiB at rank 64.
 _ROWS = 8192
 
@@ -83,16 +83,16 @@ def truncate(
     return result
 
 
+@torch.no_grad()
 def truncate_together(cuts: Sequence[Cut], *, borrow: bool = False) -> list[Truncation]:
     """`truncate` for each of these; faster than one at a time, as the small steps are done for all at once.
 
     borrow
         the results may lie in memory that this thread's next call uses again.
     """
-    small = all(cut.rank <= _SMALL for cut in cuts)
     layers: list[LoraLayer] = []
     errors: list[float] = []
-    for group in filter(None, [cuts] if small else [[cut] for cut in cuts]):
+    for group in _groups(cuts):
         size, device = max(cut.rank for cut in group), group[0].basis.p.device
         roundings = torch.zeros(len(group), 2, 2, size, size, dtype=torch.float64, device=device)
         for cut, rounding in zip(group, roundings, strict=True):
@@ -100,6 +100,20 @@ def truncate_together(cuts: Sequence[Cut], *, borrow: bool = False) -> list[Trun
                 layers.append(_applied(cut, rounding, borrow=borrow))
         errors += _errors(group, roundings)
     return [Truncation(*one) for one in zip(layers, errors, strict=True)]
+
+
+def _groups(cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
+    """Consecutive cuts whose k×k matrices, padded to one size, stay small."""
+    group: list[Cut] = []
+    size = 0
+    for cut in cuts:
+        size = max(size, cut.rank)
+        if group and (len(group) + 1) * size**2 > _MOST_PADDED:
+            yield group
+            group, size = [], cut.rank
+        group.append(cut)
+    if group:
+        yield group
 
 
 def _applied(cut: Cut, rounding: Tensor, *, borrow: bool) -> LoraLayer:
@@ -150,12 +164,17 @@ def _errors(cuts: Sequence[Cut], roundings: Tensor) -> list[float]:
 
 
 def _error(cut: Cut, values: Sequence[float], rounded: float) -> float:
+    if not math.isfinite(rounded):
+        return math.inf
     energies = [value * value for value in values]
-    energy, lost = sum(energies) * cut.layer.scale**2, sum(energies[cut.kept :]) * cut.layer.scale**2
-    lost += rounded * cut.scale**2
-    return math.sqrt(max(lost, 0.0) / energy) if energy > 0 else 0.0
+    energy, lost = sum(energies), sum(energies[cut.kept :])
+    if energy == 0 or cut.layer.scale == 0:
+        return 0.0
+    share = cut.scale / cut.layer.scale
+    return math.sqrt(max(lost + rounded * share * share, 0.0) / energy)
 
 
+@torch.no_grad()
 def idle_rows(layer: LoraLayer, found: Basis, count: int) -> Tensor:
     """Rows q (count, r) whose q @ down are the strongest directions of down that are not kept."""
     rank = found.p.shape[0]

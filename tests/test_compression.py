@@ -32,8 +32,12 @@ from torch import nn
 
 from lora_squeeze import (
     Ranks,
+    compress,
     compress_adapter,
+    decompose,
+    fixed,
     open_adapter,
+    save_adapter,
     squeeze,
 )
 from lora_squeeze.errors import AdapterError, RankError
@@ -100,6 +104,28 @@ def test_squeezing_in_two_steps_ends_where_one_step_does(tmp_path):
     compress_adapter(source, tmp_path / "between", 5)
     compress_adapter(tmp_path / "between", tmp_path / "out", 2)
     assert relative(effect(LLAMA, tmp_path / "out"), effect(LLAMA, source, truncated_to=2)) <= 1e-5
+
+
+def test_a_squeezed_adapter_is_a_source_before_it_is_saved(tmp_path):
+    # Several layers are in memory together here, of an adapter that computes them.
+    tensors = {}
+    for number in range(12):
+        tensors |= pair(f"layers.{number}.q_proj", 60, 8, 40 + number, seed=number)
+    source = write_raw(tmp_path / "adapter", tensors, r=8, target_modules=["q_proj"])
+    first = compress(open_adapter(source), fixed(open_adapter(source).layers.values(), 6))
+    save_adapter(first, tmp_path / "first")
+
+    save_adapter(compress(first, fixed(first.layers.values(), 3)), tmp_path / "second")
+    decomposed = decompose(first).spectra
+
+    saved = open_adapter(tmp_path / "first")
+    save_adapter(compress(saved, fixed(saved.layers.values(), 3)), tmp_path / "expected")
+    found, expected = (open_adapter(tmp_path / name) for name in ("second", "expected"))
+    for name in saved.layers:
+        one, other = found.load(name), expected.load(name)
+        assert relative(one.up @ one.down, other.up @ other.down) < 1e-5
+    for spectrum, exact in zip(decomposed, decompose(saved).spectra, strict=True):
+        assert spectrum.singular_values == pytest.approx(exact.singular_values, rel=1e-6)
 
 
 def test_rank_and_scale_of_names_that_look_like_patterns(tmp_path):

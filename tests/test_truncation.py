@@ -267,3 +267,47 @@ def test_digits_that_a_training_gives_up_for_speed_are_not_given_up_here(precisi
 
 def test_no_layers_together_are_none():
     assert truncate_together([]) == []
+
+
+def test_a_large_rank_does_not_pad_hundreds_of_small_ones(monkeypatch):
+    sizes = []
+    zeros = torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *size, **options: sizes.append(math.prod(size)) or zeros(*size, **options)
+    )
+    layers = [random_layer((20, 20, 1), seed=seed) for seed in range(300)]
+    layers.insert(150, random_layer((300, 300, 256), seed=301, decay=0.99))
+
+    results = truncate_together([Cut(layer, basis(layer), layer.down.shape[0], layer.scale) for layer in layers])
+
+    assert len(results) == 301
+    assert max(sizes) <= 4 * 2**18
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-170, -1e160])
+def test_extreme_scales_are_no_error_and_hide_none(scale):
+    layer = random_layer(SHAPES["tall"], torch.bfloat16)
+    extreme = LoraLayer("layer", layer.down, layer.up, scale)
+    dtypes = {"down_dtype": torch.bfloat16, "up_dtype": torch.bfloat16}
+    usual = truncate(layer, basis(layer), 3, **dtypes).relative_error
+    assert truncate(extreme, basis(extreme), 3, **dtypes).relative_error == pytest.approx(usual, rel=1e-9)
+
+
+def test_an_overflow_of_idle_directions_shows_in_the_reported_error():
+    layer = random_layer(SHAPES["tall"], torch.float32)
+    fresh = LoraLayer("layer", layer.down * 1e6, torch.zeros_like(layer.up), 1.0)
+    result = truncate(fresh, basis(fresh), 3, down_dtype=torch.float16, up_dtype=torch.float16)
+    assert math.isinf(result.relative_error)
+
+
+def test_memory_that_is_used_again_remembers_no_mode_of_torch():
+    plain, live = random_layer((70, 50, 7)), random_layer((70, 50, 7))
+    live.up.requires_grad_()
+    live.down.requires_grad_()
+    with torch.inference_mode():
+        truncate(plain, basis(plain), 3)
+    truncate(live, basis(live), 3)
+    found = basis(plain)
+    assert not found.p.requires_grad
+    assert torch.equal(found.p, basis(live).p)
+    assert not truncate(plain, found, 3).layer.up.requires_grad

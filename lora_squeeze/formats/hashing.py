@@ -36,7 +36,10 @@ class RunningHash:
         self._following = True
 
     def hand_in(self, position: int, data: memoryview) -> None:
-        """`data` lies at `position` in the file. Raises OSError if what lies before it cannot be read."""
+        """`data` lies at `position` in the file.
+
+        Raises OSError if what lies before it cannot be read, AdapterError if the file has changed.
+        """
         if self._following and position >= self._end and self._lock.acquire(blocking=False):
             try:
                 if position >= self._end:

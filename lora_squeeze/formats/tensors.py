@@ -148,7 +148,8 @@ class SafetensorsFile:
 
     def _pieces(self, key: str) -> Iterator[memoryview]:
         """`chunks` in memory that this thread's next piece uses again."""
-        memory = memory_of(scratch("piece", (_CHUNK,), torch.uint8, torch.device("cpu")))
+        owner = scratch("piece", (_CHUNK,), torch.uint8, torch.device("cpu"))  # named, so that it outlives the view
+        memory = memory_of(owner)
         size = self.tensors[key].nbytes
         with self._opened(key) as file:
             for start in range(0, size, _CHUNK):
