@@ -13,12 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "LayerSpec", "LoraLayer", "PassThrough", "whole"]
 
 
-def _nothing(_: Sequence[str]) -> None:
-    """What most adapters do about layers that are expected."""
-
-
-def _no_hash() -> None:
-    """What adapters without a file do about a hash that is expected."""
+def _nothing(*_: object) -> None:
+    """What most adapters do about hints."""
 
 
 def whole(name: str) -> str:
@@ -148,7 +144,7 @@ class Adapter:
     late_metadata: Callable[[str], Mapping[str, str]] | None = field(default=None, repr=False)
     weights: Path | None = None
     sha256: Callable[[], str] = field(default=str, repr=False)
-    hash_along: Callable[[], None] = field(default=_no_hash, repr=False)
+    hash_along: Callable[[], None] = field(default=_nothing, repr=False)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     single_file: bool = False

@@ -97,32 +97,31 @@ def compress(
     def squeezed(names: Sequence[str], loaded: Sequence[LoraLayer], *, borrow: bool) -> list[LoraLayer]:
         found = decomposed(names, loaded)
         with naming(adapter):
-            spectra = [spectrum_of(adapter.layers[one[0]], *one[1:]) for one in zip(names, loaded, found, strict=True)]
-        cuts = {
-            layer.name: _cut(layer, own, layers[layer.name])
-            for layer, own in zip(loaded, found, strict=True)
-            if layers[layer.name] != adapter.layers[layer.name]
-        }
-        results = {one.layer.name: one for one in cut(list(cuts.values()), borrow=borrow)}
-        made: list[LoraLayer] = []
-        for name, layer, spectrum in zip(names, loaded, spectra, strict=True):
-            result = results.get(name) or Truncation(layer, 0.0)
-            _check_finite(result, layers[name])
-            errors[name] = SqueezedLayer(spectrum, layers[name].rank, result.relative_error)
+            spectra = [
+                spectrum_of(adapter.layers[name], layer, own)
+                for name, layer, own in zip(names, loaded, found, strict=True)
+            ]
+        results = {name: Truncation(layer, 0.0) for name, layer in zip(names, loaded, strict=True)}
+        cuts = [
+            _cut(layer, own, layers[name])
+            for name, layer, own in zip(names, loaded, found, strict=True)
+            if layers[name] != adapter.layers[name]
+        ]
+        results.update((result.layer.name, result) for result in cut(cuts, borrow=borrow))
+        for name, spectrum in zip(names, spectra, strict=True):
+            _check_finite(results[name], layers[name])
+            errors[name] = SqueezedLayer(spectrum, layers[name].rank, results[name].relative_error)
             if on_layer is not None:
                 on_layer(errors[name])
-            made.append(result.layer)
-        return made
+        return [results[name].layer for name in names]
 
     def load(name: str) -> LoraLayer:
-        adapter.hash_along()
         return squeezed([name], [adapter.load(name)], borrow=False)[0]
 
     def borrow(names: Sequence[str]) -> list[LoraLayer]:
-        adapter.hash_along()
         return squeezed(names, borrow_together(adapter, names), borrow=True)
 
-    ahead = _Ahead(adapter, borrow)
+    ahead = _Ahead(adapter, alone=load, together=borrow)
 
     def late_metadata(fingerprint: str) -> dict[str, str]:
         for name in adapter.layers.keys() - layers.keys():
@@ -153,10 +152,20 @@ def compress(
 
 
 class _Ahead(threading.local):
-    """Layers that a thread is about to borrow are computed together when the first of them is asked for."""
+    """Layers that a thread has announced are computed together when the first of them is asked for.
 
-    def __init__(self, source: Adapter, compute: Callable[[Sequence[str]], list[LoraLayer]]) -> None:
-        self._source, self._compute = source, compute
+    Only those are borrowed: a thread that asks for another may be at work on layers of its own, in the
+    same memory.
+    """
+
+    def __init__(
+        self,
+        source: Adapter,
+        *,
+        alone: Callable[[str], LoraLayer],
+        together: Callable[[Sequence[str]], list[LoraLayer]],
+    ) -> None:
+        self._source, self._alone, self._together = source, alone, together
         self._runs: dict[str, list[str]] = {}
         self._ready: dict[str, LoraLayer] = {}
 
@@ -166,9 +175,11 @@ class _Ahead(threading.local):
         self._ready = {}
 
     def borrow(self, name: str) -> LoraLayer:
+        if name not in self._runs:
+            return self._alone(name)
         if name not in self._ready:
-            run = self._runs.get(name, [name])
-            self._ready = dict(zip(run, self._compute(run), strict=True))
+            run = self._runs[name]
+            self._ready = dict(zip(run, self._together(run), strict=True))
         return self._ready.pop(name)
 
 

@@ -69,7 +69,6 @@ def convert(adapter: Adapter, to: str) -> Adapter:
     notes = (f"a {to} adapter is one file, so these stay behind: {left_behind}",) if left_behind else ()
     ranks = {name: spec.rank for name, spec in converted.layers.items()}
     made = stated(adapter, f"convert to {to}", ranks=ranks, layers=converted.layers, relative_error=math.nan)
-    adapter.hash_along()
 
     def late_metadata(fingerprint: str) -> dict[str, str]:
         return {ENTRY: replace(made, source_sha256=adapter.sha256(), tensors_sha256=fingerprint).to_json()}

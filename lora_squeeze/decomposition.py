@@ -127,12 +127,10 @@ def together(specs: Iterable[LayerSpec]) -> Iterator[list[str]]:
 
 def borrow_together(adapter: Adapter, names: Sequence[str]) -> list[LoraLayer]:
     """Borrow several layers; they last until this thread borrows again."""
-    # What computes its layers uses the places of this thread's memory itself, and would use them again for the next.
-    take = adapter.borrow if adapter.late_metadata is None else adapter.load
     layers: list[LoraLayer] = []
     for place, name in enumerate(names):
         with beside(place):
-            layers.append(take(name))
+            layers.append(adapter.borrow(name))
     return layers
 
 

@@ -62,8 +62,6 @@ def merge(
     kept = _kept(same_format, keep_first=keep_first)
     read = partial(_stacked, adapters=same_format, weights=shares, specs=specs)
     sources = partial(_sources, adapters, shares)
-    for adapter in adapters:
-        adapter.hash_along()
     return Adapter(
         source=" + ".join(f"{weight:g}·{adapter.source}" for weight, adapter in zip(shares, adapters, strict=True)),
         format=first.format,
@@ -76,6 +74,7 @@ def merge(
         files=first.files,
         late_metadata=lambda _fingerprint: {PROVENANCE: sources(hashed=True)},
         sha256=cache(lambda: hashlib.sha256(sources(hashed=True).encode()).hexdigest()),
+        hash_along=partial(_hash_along, adapters),
         notes=_notes(same_format, specs, kept),
     )
 
@@ -214,6 +213,11 @@ def _config(adapters: Sequence[Adapter], specs: Mapping[str, LayerSpec]) -> dict
 
 def _without_provenance(adapter: Adapter) -> dict[str, str]:
     return {key: text for key, text in adapter.metadata.items() if key not in (ENTRY, PROVENANCE)}
+
+
+def _hash_along(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        adapter.hash_along()
 
 
 def _sources(adapters: Sequence[Adapter], weights: Sequence[float], *, hashed: bool) -> str:

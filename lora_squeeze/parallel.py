@@ -46,11 +46,11 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> It
             torch.set_num_threads(workers)
 
 
-def runs(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+def runs(items: Sequence[Item], *, most: int = _RUN) -> Iterator[Sequence[Item]]:
     """Consecutive items that one worker should take at a time: fewer towards the end, so that all are done together."""
-    start = 0
+    start, workers = 0, torch.get_num_threads()
     while start < len(items):
-        length = max(1, min(_RUN, (len(items) - start) // (2 * torch.get_num_threads())))
+        length = max(1, min(most, (len(items) - start) // (2 * workers)))
         yield items[start : start + length]
         start += length
 

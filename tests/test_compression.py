@@ -1,6 +1,7 @@
 """The promise: PEFT applies the squeezed adapter as it would the dense float64 truncation of the original."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,17 @@ def test_a_squeezed_adapter_is_a_source_before_it_is_saved(tmp_path):
         assert relative(one.up @ one.down, other.up @ other.down) < 1e-5
     for spectrum, exact in zip(decomposed, decompose(saved).spectra, strict=True):
         assert spectrum.singular_values == pytest.approx(exact.singular_values, rel=1e-6)
+
+
+def test_the_source_is_hashed_along_where_the_header_will_name_it_and_nowhere_else(tmp_path):
+    asked: list[str] = []
+    adapter = replace(open_adapter(make_adapter(tmp_path / "adapter")), hash_along=lambda: asked.append("hash"))
+    squeezed = compress(adapter, fixed(adapter.layers.values(), 2))
+    squeezed.load(next(iter(squeezed.layers)))
+    save_adapter(adapter, tmp_path / "copy")
+    assert asked == []
+    save_adapter(squeezed, tmp_path / "out")
+    assert asked == ["hash"]
 
 
 def test_rank_and_scale_of_names_that_look_like_patterns(tmp_path):

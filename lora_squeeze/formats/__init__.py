@@ -191,6 +191,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
     output = Path(path).expanduser()
     check_output_of(adapter, output, overwrite=overwrite)
     form = FORMATS[adapter.format]
+    if adapter.late_metadata is not None:  # which names the source by its hash
+        adapter.hash_along()
     if form.single_file:
         with new_file(output, overwrite=overwrite) as file:
             form.write(adapter, file)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError, SettingsError
 from lora_squeeze.formats.hashing import Identity, RunningHash, check_identity, identity_of
-from lora_squeeze.parallel import ordered_map
+from lora_squeeze.parallel import ordered_map, runs
 from lora_squeeze.scratch import lent, scratch
 
 __all__ = [
@@ -142,9 +142,8 @@ class SafetensorsFile:
         def measured(keys: Sequence[str]) -> list[tuple[str, Measured]]:
             return [(key, measure(self._pieces(key))) for key in keys]
 
-        keys = list(self.tensors)
-        runs = [keys[at : at + _TOGETHER] for at in range(0, len(keys), _TOGETHER)]
-        return dict(chain.from_iterable(ordered_map(measured, runs)))
+        parts = runs(list(self.tensors), most=_TOGETHER)
+        return dict(chain.from_iterable(ordered_map(measured, parts)))
 
     def _pieces(self, key: str) -> Iterator[memoryview]:
         """`chunks` in memory that this thread's next piece uses again."""
