@@ -162,7 +162,7 @@ def _gram(moments_up: Tensor, moments_down: Tensor) -> list[Basis | None]:
     roots, sound = _cholesky_roots(moments_down, down_norms)
     halves = moments_up @ roots
     cores = roots.mT @ halves
-    sound &= cores.isfinite().all(dim=-1).all(dim=-1)
+    sound &= cores.sum(dim=(1, 2)).isfinite()
     # What is not sound would stop the decomposition of all.
     squares, vectors = torch.linalg.eigh(torch.where(sound[:, None, None], cores, _identity(cores)))
     sound &= squares[:, 0] > _GRAM_SPREAD * squares[:, -1]
