@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 from lora_squeeze.formats.diffusers import CONFIG_KEY, component_of
 from lora_squeeze.formats.dora import KEPT_NOTE, magnitude_module
 from lora_squeeze.formats.kohya import PARTS
-from lora_squeeze.formats.tensors import DTYPES
+from lora_squeeze.formats.tensors import DTYPES, memory_of
 from lora_squeeze.provenance import ENTRY, stated
 
 __all__ = ["convert"]
@@ -147,20 +147,36 @@ def _to_peft(adapter: Adapter) -> Adapter:
 
 
 def _with_scale_one(adapter: Adapter) -> Adapter:
-    """The scale in the factor `up`, so that alpha is the rank and need not be written."""
+    """The scale in the factor `up` and its bias, so that alpha is the rank and need not be written."""
     layers = {name: replace(spec, scale=1.0, alpha_dtype="") for name, spec in adapter.layers.items()}
 
+    def times_scale(values: torch.Tensor, name: str, dtype: str) -> torch.Tensor:
+        scale = adapter.layers[name].scale
+        product = (values.double() * scale).to(DTYPES[dtype])
+        if not torch.isfinite(product).all():
+            raise AdapterError(
+                f"{adapter.source}: layer '{name}': with its scale {scale:g} in the factors they overflow "
+                f"{dtype}; squeeze it with --dtype bf16 or f32 first"
+            )
+        return product
+
     def scaled(name: str, read: Callable[[str], LoraLayer]) -> LoraLayer:
-        layer, dtype = read(name), DTYPES[layers[name].up_dtype]
+        layer = read(name)
         if layer.scale == 1:
             return layer
-        up = (layer.up.double() * layer.scale).to(dtype)
-        if not torch.isfinite(up).all():
-            raise AdapterError(
-                f"{adapter.source}: layer '{name}': with its scale {layer.scale:g} in the factors they overflow "
-                f"{layers[name].up_dtype}; squeeze it with --dtype bf16 or f32 first"
-            )
-        return replace(layer, up=up, scale=1.0)
+        return replace(layer, up=times_scale(layer.up, name, layers[name].up_dtype), scale=1.0)
+
+    def scaled_bias(bias: PassThrough) -> PassThrough:
+        name = bias.key.removesuffix(_BIAS)
+        if name == bias.key or adapter.layers[name].scale == 1:
+            return bias
+
+        def chunks() -> Iterator[bytes]:
+            stored = torch.frombuffer(bytearray(b"".join(bias.chunks())), dtype=DTYPES[bias.dtype])
+            product = times_scale(stored, name, bias.dtype)  # named, so that it outlives the view of its memory
+            yield bytes(memory_of(product))
+
+        return replace(bias, chunks=chunks)
 
     scales = sorted({spec.scale for spec in adapter.layers.values()} - {1.0})
     notes = (f"the scale ({scales[0]:g}{', …' if len(scales) > 1 else ''}) goes into the factors",) if scales else ()
@@ -171,6 +187,7 @@ def _with_scale_one(adapter: Adapter) -> Adapter:
         config=config,
         load=partial(scaled, read=adapter.load),
         borrow=partial(scaled, read=adapter.borrow),
+        pass_through=tuple(map(scaled_bias, adapter.pass_through)),
         notes=(*adapter.notes, *notes),
     )
 

@@ -1,6 +1,8 @@
 """The same update under other names, where names map without the model."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +22,9 @@ from images import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lora_squeeze import open_adapter, save_adapter
+from lora_squeeze import open_adapter, save_adapter, verify
 from lora_squeeze.cli import main
 from lora_squeeze.conversion import convert
 from lora_squeeze.errors import AdapterError, OutputError, UnsupportedAdapter
@@ -35,19 +37,22 @@ def converted(source, to, output):
     return output
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def adapter_of_a_unet(path, **lora):
     """A PEFT adapter of a UNet, saved by PEFT, with mixed ranks and scales."""
     pytest.importorskip("diffusers")
-    lora = {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 2, "conv1": 3}, "alpha_pattern": {"conv1": 5}}
-    model = get_peft_model(unet(), LoraConfig(target_modules=TARGETS, **lora))
+    mixed = {"r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 2, "conv1": 3}, "alpha_pattern": {"conv1": 5}}
+    model = get_peft_model(unet(), LoraConfig(target_modules=TARGETS, **mixed, **lora))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    path = tmp_path_factory.mktemp("peft") / "adapter"
     model.save_pretrained(str(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return adapter_of_a_unet(tmp_path_factory.mktemp("peft") / "adapter")
 
 
 def peft_updates(folder):
@@ -84,6 +89,30 @@ def test_round_trip_through_all_formats(tmp_path, folder):
     assert_same(peft_updates(again), peft_updates(folder))
     expected = PeftModel.from_pretrained(unet(), str(folder))
     assert relative(unet_output(load_unet(diffusers)), unet_output(expected)) < 1e-6
+
+
+@torch.no_grad()
+def test_trained_biases_get_the_scale_that_the_factors_get(tmp_path):
+    source = adapter_of_a_unet(tmp_path / "adapter", lora_bias=True)
+    expected = unet_output(PeftModel.from_pretrained(unet(), str(source)))
+    assert (
+        relative(unet_output(PeftModel.from_pretrained(unet(), str(without_biases(source, tmp_path)))), expected) > 0.01
+    )
+
+    diffusers = converted(source, "diffusers", tmp_path / "out.safetensors")
+
+    assert relative(unet_output(load_unet(diffusers)), expected) < 1e-6
+    again = converted(diffusers, "peft", tmp_path / "again")
+    assert relative(unet_output(PeftModel.from_pretrained(unet(), str(again))), expected) < 1e-6
+    assert verify(diffusers, source).passed
+
+
+def without_biases(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "no biases"))
+    tensors = load_file(copy / "adapter_model.safetensors")
+    zeroed = {key: tensor * (not key.endswith(".bias")) for key, tensor in tensors.items()}
+    save_file(zeroed, copy / "adapter_model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 def test_text_encoders_have_kohyas_names_and_find_back(tmp_path):
