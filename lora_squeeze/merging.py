@@ -25,6 +25,7 @@ from lora_squeeze.summary import base_model_of
 
 __all__ = ["merge"]
 
+_TOKENS = "trainable_token_indices"
 PROVENANCE = "lora_squeeze_merge"  # the metadata entry with the hashes and weights of what was merged
 
 
@@ -58,6 +59,7 @@ def merge(
     for adapter in same_format:
         _refuse_what_has_no_sum(adapter)
         _refuse_another_meaning(same_format[0], adapter)
+    _refuse_other_tokens(same_format)
     specs = _specs(same_format)
     kept = _kept(same_format, keep_first=keep_first)
     read = partial(_stacked, adapters=same_format, weights=shares, specs=specs)
@@ -118,6 +120,17 @@ def _refuse_another_meaning(first: Adapter, other: Adapter) -> None:
             raise UnsupportedAdapter(
                 f"'{field}' differs between {first.source} and {other.source}: their updates apply to different "
                 "layers or tokens and cannot be added"
+            )
+
+
+def _refuse_other_tokens(adapters: Sequence[Adapter]) -> None:
+    """Rows of embeddings that were trained for other tokens have no common place, even under one key."""
+    training = [adapter for adapter in adapters if adapter.config.get(_TOKENS)]
+    for adapter in training[1:]:
+        if adapter.config[_TOKENS] != training[0].config[_TOKENS]:
+            raise UnsupportedAdapter(
+                f"'{_TOKENS}' differs between {training[0].source} and {adapter.source}: they have trained the "
+                "embeddings of different tokens, which cannot be added; leave one of these adapters out"
             )
 
 
@@ -205,9 +218,15 @@ def _config(adapters: Sequence[Adapter], specs: Mapping[str, LayerSpec]) -> dict
         modules = [whole(name) for name, spec in specs.items() if spec.kind != "expert"]
         config["target_modules"] = sorted(set(modules))
         config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    # What says that there are tensors besides the factors has to say so of those of all adapters.
     saved = [name for adapter in adapters for name in adapter.config.get("modules_to_save") or ()]
     if saved:
         config["modules_to_save"] = list(dict.fromkeys(saved))
+    if tokens := next((adapter.config[_TOKENS] for adapter in adapters if adapter.config.get(_TOKENS)), None):
+        config[_TOKENS] = tokens
+    biases = [adapter.config.get("bias") for adapter in adapters]
+    if trained := next((which for which in ("all", "lora_only") if which in biases), None):
+        config["bias"] = trained
     return config
 
 

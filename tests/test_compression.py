@@ -59,7 +59,7 @@ ADAPTERS = {
     "rank above the module's size": (LLAMA, {"r": 64, "lora_alpha": 1}),
     "layer_replication": (LLAMA, {"layer_replication": [[0, 2], [1, 2]]}),
     "layers_to_transform": (LLAMA, {"layers_to_transform": [1]}),
-    "trainable tokens": (LLAMA, {"trainable_token_indices": [1, 5]}),
+    "trainable tokens": (LLAMA, {"trainable_token_indices": [4, 29]}),
     "dora": (LLAMA, {"use_dora": True}),
     "dora, rslora, patterns": (LLAMA, {"use_dora": True, "use_rslora": True, "alpha_pattern": {"v_proj": 3}}),
     "embedding": (LLAMA_EMBEDDING, {"alpha_pattern": {"embed_tokens": 3}}),

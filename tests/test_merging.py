@@ -7,11 +7,13 @@ import torch
 from adapters import (
     BASES,
     CONVOLUTIONS,
+    GPT2,
     LLAMA,
     LLAMA_EMBEDDING,
     WEIGHTS,
     edit_config,
     edit_tensors,
+    effect,
     load,
     lora_modules,
     make_adapter,
@@ -238,6 +240,29 @@ def test_a_head_that_only_another_has_is_loaded_by_peft(tmp_path):
     head = load(LLAMA, tmp_path / "out").base_model.model.lm_head.modules_to_save["default"].weight
     (own,) = [tensor for key, tensor in load_file(second / WEIGHTS).items() if "lm_head" in key]
     assert torch.equal(head.float(), own)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("base", "trained"),
+    [(LLAMA, {"trainable_token_indices": [4, 29]}), (GPT2, {"bias": "all"})],
+    ids=["tokens", "biases"],
+)
+def test_what_only_one_has_trained_besides_is_applied(tmp_path, base, trained, order):
+    adapters = two(tmp_path, base, second=trained)
+    output = tmp_path / "out"
+    write([adapters[place] for place in order], output, weights=order)
+    assert relative(effect(base, output), effect(base, adapters[1])) < 1e-6
+
+
+def test_embeddings_of_other_tokens_are_refused(tmp_path):
+    first, second = two(tmp_path, trainable_token_indices=[4, 29])
+    (key,) = [key for key in load_file(first / WEIGHTS) if "token_adapter" in key]
+    edit_tensors(second, lambda tensors: tensors.update({key: load_file(first / WEIGHTS)[key]}))
+    merge([open_adapter(first), open_adapter(second)])
+    edit_config(second, trainable_token_indices=[4, 30])
+    with pytest.raises(UnsupportedAdapter, match=r"'trainable_token_indices' differs between .*a and .*b"):
+        merge([open_adapter(first), open_adapter(second)], keep_first=True)
 
 
 # --- what has no sum ----------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ CARRIED = {
     "dora": (LLAMA, {"use_dora": True}, f"base_model.model.{Q0}.lora_magnitude_vector"),
     "trainable tokens": (
         LLAMA,
-        {"trainable_token_indices": [1, 5]},
+        {"trainable_token_indices": [4, 29]},
         "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
     ),
 }

@@ -102,7 +102,7 @@ KINDS = {
     "lora_bias": (BERT, {"lora_bias": True, "alpha_pattern": {"query": 5}}),
     "biases": (BERT, {"bias": "all"}),
     "fully trained modules": (BERT, {"modules_to_save": ["classifier"]}),
-    "trained tokens": (LLAMA, {"trainable_token_indices": [1, 5]}),
+    "trained tokens": (LLAMA, {"trainable_token_indices": [4, 29]}),
     "DoRA": (LLAMA, {"use_dora": True}),
     "DoRA on convolutions and embeddings": (CONVOLUTIONS, {"use_dora": True}),
     "DoRA with fan_in_fan_out": (GPT2, {"use_dora": True}),
@@ -200,7 +200,7 @@ RAW = {
     "DoRA": (LLAMA, {"use_dora": True}),
     "biases of lora_B": (BERT, {"lora_bias": True}),
     "fully trained modules": (BERT, {"modules_to_save": ["classifier"]}),
-    "trained tokens": (LLAMA, {"trainable_token_indices": [1, 5]}),
+    "trained tokens": (LLAMA, {"trainable_token_indices": [4, 29]}),
 }
 
 
