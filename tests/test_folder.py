@@ -63,12 +63,55 @@ def test_an_existing_output_is_refused(tmp_path, source):
 
 
 def test_overwrite_replaces_everything_that_was_there(tmp_path, source):
-    (tmp_path / "out").mkdir()
+    compress_adapter(source, tmp_path / "out", 3)
     (tmp_path / "out" / "stale.txt").write_text("stale")
     compress_adapter(source, tmp_path / "out", 2, overwrite=True)
     assert set(snapshot(tmp_path / "out")) == {CONFIG, WEIGHTS}
     assert open_adapter(tmp_path / "out").rank == 2
     assert listing(tmp_path) == {"adapter", "out"}
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [(["novel.txt"], "no adapter's folder.*'novel.txt'"), ([CONFIG, "optimizer.pt"], "'optimizer.pt' of a training")],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_never_replaced(tmp_path, source, names, named, overwrite):
+    (tmp_path / "mine").mkdir()
+    for name in names:
+        (tmp_path / "mine" / name).write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputError, match=named):
+        compress_adapter(source, tmp_path / "mine", 2, overwrite=overwrite)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("spelling", [".", "..", "../../around"])
+def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch, source, spelling):
+    (tmp_path / "around" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "around" / "here")
+    with pytest.raises(OutputError, match="the folder you are in"):
+        compress_adapter(source, spelling, 2)
+
+
+@pytest.mark.parametrize("there", ["an empty folder", "an old output", "nothing"])
+def test_an_output_that_is_a_link_stays_one(tmp_path, source, there):
+    if there == "an old output":
+        compress_adapter(source, tmp_path / "elsewhere" / "real", 3)
+    elif there == "an empty folder":
+        (tmp_path / "elsewhere" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere" / "real")
+    compress_adapter(source, tmp_path / "out", 2, overwrite=there == "an old output")
+    assert (tmp_path / "out").is_symlink()
+    assert open_adapter(tmp_path / "elsewhere" / "real").rank == 2
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 300])
+def test_impossible_paths_are_errors(source, name):
+    with pytest.raises(AdapterError, match=r"cannot be read|no such file"):
+        open_adapter(name)
+    with pytest.raises(OutputError, match="cannot be"):
+        compress_adapter(source, name, 2)
 
 
 def test_an_empty_output_folder_is_filled(tmp_path, source):
@@ -111,11 +154,11 @@ def test_the_folder_has_ordinary_permissions(tmp_path, source):
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
-@pytest.mark.parametrize("before", [None, {"old.txt": b"old"}], ids=["nothing there", "an old output"])
-def test_a_failure_in_the_middle_leaves_everything_as_it_was(tmp_path, source, before):
-    if before:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "old.txt").write_bytes(b"old")
+@pytest.mark.parametrize("old", [False, True], ids=["nothing there", "an old output"])
+def test_a_failure_in_the_middle_leaves_everything_as_it_was(tmp_path, source, old):
+    if old:
+        compress_adapter(source, tmp_path / "out", 3)
+    before = snapshot(tmp_path / "out") if old else None
     edit_tensors(source, lambda tensors: tensors[f"{PREFIX}last.lora_B.weight"].fill_(math.nan))
     listed = listing(tmp_path)
 
@@ -218,11 +261,11 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("before", [None, {"old.txt": b"old"}], ids=["nothing there", "an old output"])
-def test_a_killed_squeeze_leaves_nothing_under_the_final_name(tmp_path, source, before):
-    if before:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "old.txt").write_bytes(b"old")
+@pytest.mark.parametrize("old", [False, True], ids=["nothing there", "an old output"])
+def test_a_killed_squeeze_leaves_nothing_under_the_final_name(tmp_path, source, old):
+    if old:
+        compress_adapter(source, tmp_path / "out", 3)
+    before = snapshot(tmp_path / "out") if old else None
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(source), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         reached = process.stdout.readline()

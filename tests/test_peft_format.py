@@ -1,6 +1,7 @@
 """What is read from a PEFT folder: PEFT's own scales and names, everything carried over, and clear refusals."""
 
 import math
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_squeeze import compress_adapter, open_adapter
+from lora_squeeze import compress_adapter, fixed, open_adapter, squeeze
 from lora_squeeze.errors import AdapterError
 
 # --- scales and ranks -------------------------------------------------------------------------------------------
@@ -254,6 +255,22 @@ def test_pickled_weights_are_read(tmp_path):
     assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
     assert not (tmp_path / "twin" / "adapter_model.bin").exists()
     assert any("adapter_model.bin" in note for note in compression.notes)
+
+
+@pytest.mark.parametrize("when", ["before it is read", "while it is squeezed"])
+def test_pickled_weights_that_change_are_an_error(tmp_path, when):
+    source = pickled(make_adapter(tmp_path / "adapter"))
+    adapter = open_adapter(source)
+    weights = source / "adapter_model.bin"
+
+    def change(*_):
+        os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+
+    if when == "before it is read":
+        change()
+    with pytest.raises(AdapterError, match="changed while it was being read"):
+        squeeze(adapter, fixed(adapter.layers.values(), 2), tmp_path / "out", on_layer=change)
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickled_weights_may_be_views_of_each_other(tmp_path):

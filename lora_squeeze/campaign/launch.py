@@ -64,15 +64,16 @@ def begin(campaign: Campaign, folder: Path, *, config_file: str = "campaign.toml
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder}: exists and is not the folder of a campaign; choose another with --out")
+    manifest = new_manifest(campaign, config_file)
     squeeze = campaign.common.squeeze
     if squeeze is not None and squeeze.output_path:
-        check_output(Path(squeeze.output_path), source=None, overwrite=squeeze.overwrite)
+        for output in dict.fromkeys(squeeze_output(campaign, entry) for entry in manifest.runs):
+            check_output(Path(output), source=None, overwrite=squeeze.overwrite)
     try:
         for name in ("configs", "logs", "runs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from error
-    manifest = new_manifest(campaign, config_file)
     for run, entry in zip(campaign.runs, manifest.runs, strict=True):
         _write_config(run.settings, run, entry, folder)
     write_manifest(manifest, folder)  # last: with it, the campaign has begun

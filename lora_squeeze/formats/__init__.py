@@ -97,8 +97,8 @@ def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None
     Raises AdapterError if there is no adapter at this path or it is damaged, UnsupportedAdapter
     if it is not a plain LoRA, FetchError if it lies elsewhere and cannot be fetched.
     """
-    location = Path(path).expanduser()
-    if location.exists():
+    location, is_here = _on_this_disk(path)
+    if is_here:
         return _open_local(location)
     _refuse_credentials(os.fspath(path))
     fetched = _fetch(os.fspath(path), on_download)
@@ -113,6 +113,16 @@ def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None
     files = {name: file for name, file in adapter.files.items() if fetched.files is None or name in fetched.files}
     notes = (*adapter.notes, *fetched.notes)
     return replace(adapter, source=fetched.origin, origin=fetched.origin, files=files, notes=notes)
+
+
+def _on_this_disk(path: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """Where a path leads to on this disk, and whether there is anything."""
+    try:
+        location = Path(path).expanduser()
+        return location, location.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AdapterError(f"{os.fspath(path):.200}: cannot be read: {reason}") from error
 
 
 def _refuse_credentials(address: str) -> None:
@@ -189,7 +199,10 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
     so it appears whole or not at all. Raises OutputError if it cannot be written, exists (without
     `overwrite`) or is the source.
     """
-    output = Path(path).expanduser()
+    try:
+        output = Path(path).expanduser()
+    except RuntimeError as error:  # no such user
+        raise OutputError(f"{os.fspath(path)}: cannot be written: {error}") from error
     check_output_of(adapter, output, overwrite=overwrite)
     form = FORMATS[adapter.format]
     if adapter.late_metadata is not None:  # which names the source by its hash

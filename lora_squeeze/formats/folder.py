@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_squeeze.errors import OutputError
 from lora_squeeze.formats.beside import beside
+from lora_squeeze.peft_names import CONFIG
 
 __all__ = ["belongs_to_training", "check_output", "new_file", "new_folder"]
 
@@ -52,12 +53,13 @@ def check_output(output: Path, *, source: Path | None, overwrite: bool, single_f
                 )
         if single_file:
             _check_file(output)
-        elif output.exists() and not output.is_dir():
-            raise OutputError(f"{output}: exists and is not a folder; choose another output")
+        elif output.exists():
+            _check_folder(output)
         if _is_something(output) and not overwrite:
             raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be used as output: {error.strerror}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a circle of links; ValueError: a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{output!s:.200}: cannot be used as output: {reason}") from error
 
 
 def _check_file(output: Path) -> None:
@@ -65,6 +67,29 @@ def _check_file(output: Path) -> None:
         raise OutputError(f"{output}: is a folder, and this format is one file; try {output / f'lora{SUFFIX}'}")
     if not output.name.endswith(SUFFIX):
         raise OutputError(f"{output}: this format is one file; its name must end in {SUFFIX}: {output}{SUFFIX}")
+
+
+def _check_folder(output: Path) -> None:
+    """Only an adapter's folder may be replaced: any other may hold the only copy of somebody's work."""
+    if not output.is_dir():
+        raise OutputError(f"{output}: exists and is not a folder; choose another output")
+    names = sorted(entry.name for entry in output.iterdir())
+    here = Path.cwd()
+    if output.resolve() in (here, *here.parents):
+        raise OutputError(
+            f"{output}: is the folder you are in, or one around it, and a new one would take its place; "
+            f"choose another output, as {output / 'squeezed'}"
+        )
+    if names and CONFIG not in names:
+        raise OutputError(
+            f"{output}: is no adapter's folder (it holds '{names[0]}'), so not even --overwrite replaces it; choose "
+            "another output"
+        )
+    if left := next((name for name in names if belongs_to_training(name) and not name.startswith(".")), None):
+        raise OutputError(
+            f"{output}: holds '{left}' of a training, which would be lost, so not even --overwrite replaces it; "
+            "choose another output"
+        )
 
 
 def _is_something(output: Path) -> bool:
@@ -79,9 +104,11 @@ def new_folder(output: Path, *, overwrite: bool = False) -> Generator[Path, None
     overwrite
         replace what is there by then; otherwise only an empty folder is.
 
-    If the block fails, the folder is removed and whatever was at `output` stays as it was.
-    Raises OutputError if the folder cannot be made or moved.
+    If the block fails, the folder is removed and whatever was at `output` stays as it was. Where
+    that is a link, what it leads to is filled or replaced. Raises OutputError if the folder cannot be
+    made or moved.
     """
+    output = output.resolve()
     with beside(output) as (made, replaced):
         made.mkdir()
         yield made
@@ -103,9 +130,10 @@ def new_file(output: Path, *, overwrite: bool = False) -> Generator[Path, None, 
     overwrite
         replace a file that is there by then.
 
-    If the block fails, nothing is left and whatever was at `output` stays as it was. Raises
-    OutputError if the file cannot be made or moved.
+    If the block fails, nothing is left and whatever was at `output` stays as it was. Where that is a
+    link, the file that it leads to is replaced. Raises OutputError if the file cannot be made or moved.
     """
+    output = output.resolve()
     with beside(output) as (made, _):
         yield made
         _fsync(made)

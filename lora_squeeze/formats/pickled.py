@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_squeeze.errors import AdapterError
-from lora_squeeze.formats.hashing import sha256_of_file
+from lora_squeeze.formats.hashing import RunningHash, check_identity, identity_of
 from lora_squeeze.formats.tensors import DTYPES, TensorSpec, memory_of
 
 __all__ = ["PickledFile"]
@@ -49,7 +49,9 @@ class PickledFile:
         self.path = path
         self.metadata: Mapping[str, str] = {}
         try:
-            size = path.stat().st_size
+            with path.open("rb") as file:
+                self._identity = identity_of(file.fileno())
+            size = self._identity[1]
             _refuse_bombs(path, size)
             state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch.load raises half a dozen types for a damaged file
@@ -71,9 +73,13 @@ class PickledFile:
         }
 
     def read(self, key: str, *, borrow_as: str = "") -> torch.Tensor:
+        """One tensor. Raises AdapterError if the file has changed."""
+        self._check_unchanged()
         return self._state[key]  # mapped from the file: there is nothing to borrow
 
     def chunks(self, key: str) -> Iterator[bytes]:
+        """One tensor's bytes. Raises AdapterError if the file has changed."""
+        self._check_unchanged()
         tensor = self._state[key].contiguous()
         yield bytes(memory_of(tensor))
 
@@ -81,4 +87,12 @@ class PickledFile:
         """What is mapped is not read in pieces, so nothing can follow it."""
 
     def sha256(self) -> str:
-        return sha256_of_file(self.path)
+        """SHA-256 of the whole file. Raises AdapterError if it is not the one that was opened."""
+        return RunningHash(self.path, self._identity).result()
+
+    def _check_unchanged(self) -> None:
+        try:
+            with self.path.open("rb") as file:
+                check_identity(file.fileno(), self._identity, self.path)
+        except OSError as error:
+            raise AdapterError(f"{self.path}: cannot be read: {error.strerror}") from error
