@@ -129,17 +129,19 @@ def compress(
             layer = adapter.load(name)
             spectrum = spectrum_of(adapter.layers[name], layer, *decomposed([name], [layer]))
             errors[name] = SqueezedLayer(spectrum, 0, 1.0 if spectrum.energy > 0 else 0.0)
+        of_file = not math.isnan(planned.relative_error)
         made = replace(
             planned,
-            # On data it is of the outputs: nobody could measure it again from the files.
-            relative_error=math.nan if calibration else error_over_all(errors[name] for name in adapter.layers),
+            relative_error=error_over_all(errors[name] for name in adapter.layers) if of_file else math.nan,
             source_sha256=adapter.sha256(),
             tensors_sha256=fingerprint,
         )
         return {**(adapter.late_metadata(fingerprint) if adapter.late_metadata else {}), ENTRY: made.to_json()}
 
     policy = f"{ranks.policy}, calibrated by {calibration}" if calibration else ranks.policy
-    planned = stated(adapter, policy, ranks=ranks.by_layer, layers=layers, relative_error=0.0)
+    # On data it is of the outputs: nobody could measure it again from the files.
+    error = math.nan if calibration else 0.0
+    planned = stated(adapter, policy, ranks=ranks.by_layer, layers=layers, relative_error=error)
     return replace(
         adapter,
         layers=layers,

@@ -71,7 +71,9 @@ def convert(adapter: Adapter, to: str) -> Adapter:
     made = stated(adapter, f"convert to {to}", ranks=ranks, layers=converted.layers, relative_error=math.nan)
 
     def late_metadata(fingerprint: str) -> dict[str, str]:
-        return {ENTRY: replace(made, source_sha256=adapter.sha256(), tensors_sha256=fingerprint).to_json()}
+        inherited = adapter.late_metadata(fingerprint) if adapter.late_metadata else {}
+        final = replace(made, source_sha256=adapter.sha256(), tensors_sha256=fingerprint)
+        return {**inherited, ENTRY: final.to_json()}
 
     return replace(
         converted,

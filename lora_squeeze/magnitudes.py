@@ -35,6 +35,7 @@ from lora_squeeze.formats.diffusers import component_of
 from lora_squeeze.formats.dora import magnitudes_of
 from lora_squeeze.formats.kohya import PARTS
 from lora_squeeze.formats.tensors import DTYPES, memory_of
+from lora_squeeze.provenance import restated
 from lora_squeeze.records import DoraErrors
 
 __all__ = ["fit_magnitudes"]
@@ -113,7 +114,7 @@ def fit_magnitudes(
             for tensor in squeezed.pass_through
         ),
     )
-    return fitted, lambda: _errors(losses)
+    return restated(fitted, lambda made: replace(made, fitted=True)), lambda: _errors(losses)
 
 
 def _place(source: Adapter, name: str, tensor: PassThrough, weights: BaseWeights) -> _Place:

@@ -78,8 +78,9 @@ def _layer(
 ) -> LayerLikeness:
     layer_a, layer_b = a.adapter.load(name), b.adapter.load(name)
     basis_a, basis_b = a.basis(name), b.basis(name)
-    up = basis_a.p.T @ _cross(layer_a.up.T, layer_b.up) @ basis_b.p  # S_A^½ U_A^T U_B S_B^½
-    down = basis_a.q @ _cross(layer_a.down, layer_b.down.T) @ basis_b.q.T  # S_A^½ V_A^T V_B S_B^½
+    device = basis_a.p.device
+    up = basis_a.p.T @ _cross(layer_a.up.T, layer_b.up, device) @ basis_b.p  # S_A^½ U_A^T U_B S_B^½
+    down = basis_a.q @ _cross(layer_a.down, layer_b.down.T, device) @ basis_b.q.T  # S_A^½ V_A^T V_B S_B^½
     wanted = rank or math.ceil(min(spectrum_a.effective_rank, spectrum_b.effective_rank))
     k = min(wanted, basis_a.numerical_rank, basis_b.numerical_rank)
     roots = (basis_a.singular_values[:k, None] * basis_b.singular_values[None, :k]).sqrt()
@@ -96,8 +97,8 @@ def _layer(
     )
 
 
-def _cross(left: Tensor, right: Tensor) -> Tensor:
-    return left.to("cpu", torch.float64) @ right.to("cpu", torch.float64)
+def _cross(left: Tensor, right: Tensor, device: torch.device) -> Tensor:
+    return left.to(device, torch.float64) @ right.to(device, torch.float64)
 
 
 def _share(products: Tensor, k: int) -> float:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_squeeze.adapter import Adapter, LayerSpec
@@ -16,7 +16,7 @@ from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.version import __version__
 
-__all__ = ["ENTRY", "Provenance", "provenance_of", "stated"]
+__all__ = ["ENTRY", "Provenance", "provenance_of", "restated", "stated"]
 
 ENTRY = "lora_squeeze"
 
@@ -40,6 +40,8 @@ class Provenance:
         the address it was fetched from, with its revision; "" if the source lay on a disk.
     ancestors
         `source_sha256` of the source's own provenance, and of its source's, if they were made so, too.
+    fitted
+        DoRA's magnitudes were fitted to the squeezed directions; otherwise they are the source's.
     """
 
     policy: str
@@ -50,6 +52,7 @@ class Provenance:
     relative_error: float = 0.0
     ancestors: tuple[str, ...] = ()
     source: str = ""
+    fitted: bool = False
     version: str = __version__
 
     def to_json(self) -> str:
@@ -62,6 +65,7 @@ class Provenance:
                 "relative_error": _fixed_width(self.relative_error),
                 "scales": _common(self.scales),
                 **({"source": self.source} if self.source else {}),
+                **({"fitted": True} if self.fitted else {}),
                 "source_sha256": self.source_sha256 or _NO_HASH,
                 "tensors_sha256": self.tensors_sha256,
                 "version": self.version,
@@ -85,6 +89,7 @@ class Provenance:
                 relative_error=math.nan if error == "not measured" else float(error),
                 ancestors=tuple(_hash(one) for one in fields["ancestors"]),
                 source=str(fields.get("source", "")),
+                fitted=bool(fields.get("fitted", False)),
                 version=str(fields["version"]),
             )
         except KeyError as error:
@@ -112,19 +117,42 @@ def stated(
 
     ranks
         layer → rank of all of the source's layers; layers: those that are written.
+
+    Where the adapter is itself being made and lies in no file, its source is the source, and what
+    has been done to it is named first.
     """
     try:
         before = provenance_of(adapter)
     except AdapterError:  # written by another version, or by hand: it is replaced
         before = None
-    return Provenance(
+    made = Provenance(
         policy=policy,
         ranks=dict(ranks),
         scales={name: spec.scale for name, spec in layers.items()},
         relative_error=relative_error,
-        ancestors=(before.source_sha256, *before.ancestors) if before else (),
         source=adapter.origin,
     )
+    if before is None:
+        return made
+    if adapter.late_metadata is None:
+        return replace(made, ancestors=(before.source_sha256, *before.ancestors))
+    # The error is relative to what lies in no file: nobody could measure it again.
+    policy = f"{before.policy}; {policy}"
+    return replace(made, policy=policy, ancestors=before.ancestors, fitted=before.fitted, relative_error=math.nan)
+
+
+def restated(adapter: Adapter, change: Callable[[Provenance], Provenance]) -> Adapter:
+    """An adapter that is being made, with another provenance, now and once it has been written."""
+    late = adapter.late_metadata
+    assert late is not None, "only what is being made can still say how"
+
+    def changed(entries: Mapping[str, str]) -> dict[str, str]:
+        return {**entries, ENTRY: change(Provenance.from_json(entries[ENTRY])).to_json()}
+
+    def late_and_changed(fingerprint: str) -> dict[str, str]:
+        return changed(late(fingerprint))
+
+    return replace(adapter, metadata=changed(adapter.metadata), late_metadata=late_and_changed)
 
 
 def _common(values: Any) -> Any:

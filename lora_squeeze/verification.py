@@ -15,6 +15,7 @@ from lora_squeeze.conversion import convert
 from lora_squeeze.decomposition import spectrum_of
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats import open_adapter
+from lora_squeeze.formats.dora import magnitude_module
 from lora_squeeze.formats.peft_config import config_for
 from lora_squeeze.formats.remote import OnDownload
 from lora_squeeze.formats.tensors import read_safetensors
@@ -67,7 +68,7 @@ def verify(
         original = convert(original, written.format)
         checks += [
             _layers(original, written, made),
-            _carried_over(original, written),
+            _carried_over(original, written, fitted=made is not None and made.fitted),
             _configuration(original, written),
         ]
         if all(check.passed for check in checks if check.name in ("layers", "finite")):
@@ -147,22 +148,27 @@ def _layers(original: Adapter, written: Adapter, made: Provenance | None) -> Che
     return Check("layers", True, "those of the source" + (f", {left_out} left out" if left_out else ""))
 
 
-def _carried_over(original: Adapter, written: Adapter) -> Check:
-    before, after = (_digests(adapter.pass_through) for adapter in (original, written))
+def _carried_over(original: Adapter, written: Adapter, *, fitted: bool) -> Check:
+    """Bit by bit, but for magnitudes that were fitted: of those only the base model could tell more than their size."""
+    before, after = (
+        {tensor.key: _content(tensor, heeded=not (fitted and magnitude_module(tensor.key))) for tensor in adapter}
+        for adapter in (original.pass_through, written.pass_through)
+    )
     differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if differing:
         return Check("carried over", False, f"not as in the source: {_some(differing)}")
-    return Check("carried over", True, f"{len(before)} tensors besides the factors, bit by bit as in the source")
+    anew = sum(1 for key in before if fitted and magnitude_module(key))
+    said = f"; {anew} magnitudes fitted to the base weights" if anew else ""
+    return Check(
+        "carried over", True, f"{len(before) - anew} tensors besides the factors, bit by bit as in the source{said}"
+    )
 
 
-def _digests(tensors: tuple[PassThrough, ...]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    found: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
-    for tensor in tensors:
-        digest = hashlib.sha256()
-        for chunk in tensor.chunks():
-            digest.update(chunk)
-        found[tensor.key] = (tensor.dtype, tensor.shape, digest.digest())
-    return found
+def _content(tensor: PassThrough, *, heeded: bool) -> tuple[str, tuple[int, ...], bytes]:
+    digest = hashlib.sha256()
+    for chunk in tensor.chunks() if heeded else ():
+        digest.update(chunk)
+    return tensor.dtype, tensor.shape, digest.digest()
 
 
 def _configuration(original: Adapter, written: Adapter) -> Check:

@@ -207,7 +207,7 @@ def test_run_compresses_to_the_recommended_rank(tmp_path, adapter):
 
 
 def test_run_compresses_as_it_is_told(tmp_path, adapter):
-    (tmp_path / "out").mkdir()
+    prints("compress", adapter, tmp_path / "out", "--rank", 2)
     (tmp_path / "out" / "old").write_text("")
     chosen = {"compress_to": 3, "dtype": "bf16", "method": "qr", "by": "worst", "device": "cpu", "overwrite": True}
     file = toml(tmp_path, adapter_path=str(adapter), output_path=str(tmp_path / "out"), lora_rank=8, **chosen)

@@ -11,6 +11,7 @@ from adapters import (
     LLAMA_EMBEDDING,
     PREFIX,
     WEIGHTS,
+    edit_tensors,
     effect,
     lora_modules,
     make_adapter,
@@ -23,7 +24,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_squeeze import Ranks, compress_adapter, open_adapter, squeeze
+from lora_squeeze import Ranks, compress_adapter, open_adapter, squeeze, verify
 from lora_squeeze.cli import main
 from lora_squeeze.errors import AdapterError, SettingsError, UnsupportedAdapter
 
@@ -267,3 +268,17 @@ def test_command_and_settings(tmp_path):
     result = CliRunner().invoke(main, ["run", str(file)])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "toml" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def test_fitted_magnitudes_are_stated_and_verified_against_the_source(tmp_path):
+    weights = save_base(LLAMA, tmp_path / "base")
+    source = make_adapter(tmp_path / "adapter", use_dora=True)
+    compress_adapter(source, tmp_path / "out", 2, base=weights)
+    verification = verify(tmp_path / "out", source)
+    assert verification.passed, verification.checks
+    (carried,) = [check for check in verification.checks if check.name == "carried over"]
+    assert "6 magnitudes fitted to the base weights" in carried.found
+
+    compress_adapter(source, tmp_path / "kept", 2)
+    edit_tensors(tmp_path / "kept", lambda tensors: tensors[next(k for k in tensors if "magnitude" in k)].mul_(2))
+    assert not verify(tmp_path / "kept", source).passed  # nothing was fitted there

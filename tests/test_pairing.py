@@ -54,6 +54,14 @@ def test_it_is_what_dense_updates_say(tmp_path, base, rank):
     assert found.cosine == pytest.approx(float(torch.cosine_similarity(whole_a, whole_b, dim=0)), abs=1e-9)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_another_device_says_the_same(folders):
+    here = pair_up(*(decomposed(folder) for folder in folders))
+    there = pair_up(*(decompose(open_adapter(folder), device="cuda") for folder in folders))
+    assert there.cosine == pytest.approx(here.cosine, abs=1e-9)
+    assert there.distance == pytest.approx(here.distance, rel=1e-9)
+
+
 def test_an_adapter_is_like_itself(folders):
     found = pair_up(decomposed(folders[0]), decomposed(folders[0]))
     assert found.cosine == pytest.approx(1.0)

@@ -84,5 +84,5 @@ def test_the_header_holds_no_path_and_no_time(sources, tmp_path):
     assert str(sources) not in text
     assert set(vars(provenance_of(adapter))) == {
         "policy", "ranks", "scales", "source_sha256", "tensors_sha256", "relative_error", "ancestors", "source",
-        "version",
+        "fitted", "version",
     }  # fmt: skip

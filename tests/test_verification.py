@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_squeeze import (
+    compress,
     compress_adapter,
     decompose,
     open_adapter,
@@ -22,7 +23,9 @@ from lora_squeeze import (
 from lora_squeeze.cli import main
 from lora_squeeze.conversion import convert
 from lora_squeeze.errors import AdapterError
+from lora_squeeze.merging import merge
 from lora_squeeze.policies import energy
+from lora_squeeze.provenance import provenance_of
 from lora_squeeze.records import Ranks, Verification
 
 
@@ -182,6 +185,34 @@ def test_a_source_that_was_squeezed_in_turn_is_an_ancestor(tmp_path, source, out
     compress_adapter(output, tmp_path / "again", 2)
     assert failed(verify(tmp_path / "again", output)) == {}
     assert failed(verify(tmp_path / "again", source)) == {}
+
+
+@pytest.mark.parametrize("chain", ["squeezed twice", "squeezed, then converted", "merged, then converted"])
+def test_what_is_saved_only_at_the_end_of_a_chain_says_all_that_was_done(tmp_path, chain):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    path = save(tmp_path / "in.safetensors", kohya_pair(name, 8, 4, 6, alpha=2.0))
+    source = open_adapter(path)
+    first = merge([source, source]) if chain.startswith("merged") else compress(source, Ranks("first=3", {name: 3}))
+    last = compress(first, Ranks("second=2", {name: 2})) if chain == "squeezed twice" else convert(first, "diffusers")
+    save_adapter(last, tmp_path / "out.safetensors")
+
+    written = open_adapter(tmp_path / "out.safetensors")
+    made = provenance_of(written)
+    assert (
+        made.policy
+        == {
+            "squeezed twice": "first=3; second=2",
+            "squeezed, then converted": "first=3; convert to diffusers",
+            "merged, then converted": "convert to diffusers",
+        }[chain]
+    )
+    assert made.ancestors == ()
+    if chain == "merged, then converted":
+        (digest,) = {part["sha256"] for part in json.loads(written.metadata["lora_squeeze_merge"])}
+        assert digest == source.sha256()
+    else:
+        assert made.source_sha256 == source.sha256()
+        assert failed(verify(tmp_path / "out.safetensors", path)) == {}
 
 
 def test_a_saved_copy_keeps_its_provenance(tmp_path, source, output):

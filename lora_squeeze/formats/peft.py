@@ -123,7 +123,7 @@ def _other_files(path: Path) -> tuple[dict[str, Path], list[str], list[str]]:
             foreign.append(entry.name)
         elif entry.is_dir():
             for file in sorted(entry.rglob("*")):
-                if not _lies_in(file, allowed):
+                if not _lies_in(file, allowed) or (file.is_symlink() and file.is_dir()):
                     foreign.append(str(file.relative_to(path)))
                 elif file.is_file():
                     files[str(file.relative_to(path))] = file
@@ -147,7 +147,7 @@ def _notes(
     if weights.name == PICKLED_WEIGHTS:
         yield f"{PICKLED_WEIGHTS} is written as {WEIGHTS}"
     if foreign:
-        yield f"not carried over, as these links lead out of the folder: {', '.join(foreign)}"
+        yield f"not carried over, as these links lead out of the folder, or to folders in it: {', '.join(foreign)}"
     if left_behind:
         yield f"not carried over, as it belongs to the source's training: {', '.join(left_behind)}"
     if keys.adapter_name:

@@ -177,7 +177,7 @@ def _chunks_of(tensor: torch.Tensor | Iterator[bytes]) -> Iterator[bytes | memor
 
 
 def _in_file_order(blocks: Iterable[Block]) -> list[Block]:
-    """Wide dtypes first, as safetensors itself does it, so that every tensor is aligned."""
+    """Wide dtypes first, as safetensors itself does it, so that tensors are aligned where a block has one dtype."""
     return sorted(blocks, key=lambda block: -max(_item_size(spec) for spec in block.specs))
 
 
