@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import CONFIG, PREFIX, WEIGHTS, edit_tensors, make_adapter, pair, snapshot, write_raw
+from images import kohya_pair
+from safetensors.torch import save_file
 
 from lora_squeeze import compress, compress_adapter, fixed, open_adapter, save_adapter, squeeze
 from lora_squeeze.errors import AdapterError, OutputError
@@ -84,6 +86,24 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path, source, names, n
     with pytest.raises(OutputError, match=named):
         compress_adapter(source, tmp_path / "mine", 2, overwrite=overwrite)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["a model", "nothing that can be read"])
+def test_a_file_of_something_else_is_never_replaced(tmp_path, content):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(kohya_pair(name, 8, 4, 6, alpha=2.0), source)
+    if content == "a model":
+        save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}, output)
+    else:
+        output.write_bytes(b"no header")
+    before = output.read_bytes()
+    with pytest.raises(OutputError, match="but no adapter"):
+        compress_adapter(source, output, 2, overwrite=True)
+    assert output.read_bytes() == before
+    save_file(kohya_pair(name, 8, 3, 6, alpha=2.0), output)
+    compress_adapter(source, output, 2, overwrite=True)
+    assert open_adapter(output).rank == 2
 
 
 @pytest.mark.parametrize("spelling", [".", "..", "../../around"])

@@ -362,8 +362,8 @@ def test_outputs_that_cannot_be(tmp_path):
 
 def test_an_existing_file_is_replaced_only_if_asked_and_only_by_a_whole_one(tmp_path):
     source = save(tmp_path / "in.safetensors", *three_modules())
-    out = tmp_path / "out.safetensors"
-    out.write_bytes(b"mine")
+    out = save(tmp_path / "out.safetensors", kohya_pair(A, 20, 8, 16), {})
+    mine = out.read_bytes()
     with pytest.raises(OutputError, match="already exists"):
         compress_adapter(source, out, 2)
     bad = save(tmp_path / "bad.safetensors", kohya_pair(A, 20, 8, 16), {})
@@ -372,7 +372,7 @@ def test_an_existing_file_is_replaced_only_if_asked_and_only_by_a_whole_one(tmp_
     bad.write_bytes(content)
     with pytest.raises(AdapterError):
         compress_adapter(bad, out, 2, overwrite=True)
-    assert out.read_bytes() == b"mine"
+    assert out.read_bytes() == mine
     compress_adapter(source, out, 2, overwrite=True)
     assert open_adapter(out).rank == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors", "in.safetensors", "out.safetensors"]

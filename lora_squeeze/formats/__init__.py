@@ -187,9 +187,23 @@ def _only_file(folder: Path) -> Path:
 
 
 def check_output_of(adapter: Adapter, output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that this adapter cannot be saved to (see `check_output`). Raises OutputError."""
+    """Refuse an output that this adapter cannot be saved to (see `check_output`). Raises OutputError.
+
+    A file that is there is replaced only if it is an adapter: others may be a model of many gigabytes.
+    """
     single_file = FORMATS[adapter.format].single_file
     check_output(output, source=adapter.place, overwrite=overwrite, single_file=single_file)
+    if single_file and output.exists() and not _is_adapter_file(output):
+        raise OutputError(
+            f"{output}: is a file, but no adapter, so not even --overwrite replaces it; choose another output"
+        )
+
+
+def _is_adapter_file(path: Path) -> bool:
+    try:
+        return any(one.sniff(path) for one in FORMATS.values() if one.single_file)
+    except AdapterError:
+        return False
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> Written:
