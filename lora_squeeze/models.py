@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,6 +42,7 @@ __all__ = [
     "load_tokenizer",
     "plain_template",
     "task_of",
+    "use_adapter",
     "write_labels",
 ]
 
@@ -286,14 +288,30 @@ def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str 
     peft = require("peft", "train")
     if Path(path).exists() and not (Path(path) / CONFIG).exists():
         raise AdapterError(f"{path}: holds no {CONFIG}; only PEFT adapters can be loaded onto a model")
+    with _loading(path, model):
+        return peft.PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
+
+
+def use_adapter(model: Any, path: str, *, name: str) -> None:
+    """Load a saved adapter beside those that a PeftModel has, and let it be the one that computes.
+
+    Raises AdapterError.
+    """
+    with _loading(path, model.get_base_model()):
+        model.load_adapter(path, name)
+    model.set_adapter(name)
+
+
+@contextmanager
+def _loading(path: str, model: Any) -> Generator[None, None, None]:
+    """What PEFT says of an adapter that does not fit, as an AdapterError."""
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            adapted = peft.PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
+            yield
     except Exception as error:  # a missing file, other shapes, an unknown type: whatever was in the folder
         raise AdapterError(f"{path}: cannot be loaded onto {type(model).__name__}: {_reason(error)}") from error
     _check_complete(path, model, said)
-    return adapted
 
 
 def _check_complete(path: str, model: Any, said: Sequence[warnings.WarningMessage]) -> None:

@@ -64,6 +64,26 @@ GIVEN = {
         {"question": "q", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answer": "2"},
         Choice("q", ("x", "y", "z"), 1),
     ),
+    "choice by label that is a number": (
+        {"question": "q", "choices": {"text": ["w", "x", "y", "z"], "label": [1, 2, 3, 4]}, "answer": 3},
+        Choice("q", ("w", "x", "y", "z"), 2),
+    ),
+    "choice by the last label that is a number": (
+        {"question": "q", "choices": {"text": ["w", "x", "y", "z"], "label": [1, 2, 3, 4]}, "answer": 4},
+        Choice("q", ("w", "x", "y", "z"), 3),
+    ),
+    "choice by number among labels that are texts": (
+        {"question": "q", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answer": 1},
+        Choice("q", ("x", "y", "z"), 0),
+    ),
+    "choice by place beside labels that are letters": (
+        {"question": "q", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answer": 1},
+        Choice("q", ("x", "y", "z"), 1),
+    ),
+    "choice by truth as a label": (
+        {"question": "q", "choices": {"text": ["yes", "no"], "label": [True, False]}, "answer": True},
+        Choice("q", ("yes", "no"), 0),
+    ),
     "choice of truth": ({"question": "q", "choices": ["no", "yes"], "answer": True}, Choice("q", ("no", "yes"), 1)),
     "choice with context": (
         {"context": "c", "question": "q", "choices": ["x", "y"], "answer": 0},
@@ -112,6 +132,26 @@ WRONG = {
     "answer beyond": ({"question": "q", "choices": ["x", "y"], "answer": 2}, "2 choices"),
     "answer below": ({"question": "q", "choices": ["x", "y"], "answer": -1}, "2 choices"),
     "answer unknown": ({"question": "q", "choices": ["x", "y"], "answer": "z"}, '"z"'),
+    "answer below labels that are numbers": (
+        {"question": "q", "choices": {"text": ["x", "y", "z"], "label": [1, 2, 3]}, "answer": 0},
+        "labels 1, 2, 3",
+    ),
+    "answer beyond labels that are numbers": (
+        {"question": "q", "choices": {"text": ["x", "y", "z"], "label": [1, 2, 3]}, "answer": 4},
+        "labels 1, 2, 3",
+    ),
+    "text beyond labels that are numbers": (
+        {"question": "q", "choices": {"text": ["x", "y", "z"], "label": [1, 2, 3]}, "answer": "0"},
+        "labels 1, 2, 3",
+    ),
+    "answer that is neither label nor place": (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answer": 2},
+        "labels A, B",
+    ),
+    "label of no choice": (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B", "C"]}, "answer": "C"},
+        "3 labels for 2 choices",
+    ),
     "preference without prompt": ({"chosen": "c", "rejected": "r"}, "'chosen'"),
     "unlike conversations": (
         {

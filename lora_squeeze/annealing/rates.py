@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    MultiStepLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 
 from lora_squeeze.annealing.schedule import Schedule
 from lora_squeeze.errors import SettingsError
@@ -17,6 +32,23 @@ from lora_squeeze.errors import SettingsError
 __all__ = ["AFTER_SWITCH", "Rates", "apply_rates", "warm", "wrap_scheduler"]
 
 AFTER_SWITCH = ("continue", "rewarm", "restart")
+
+# Those whose rates are a curve over `base_lrs`, or over the rate that there is: both can be changed on the way.
+# OneCycleLR and CyclicLR, for two, keep rates of their own, and a change would last for one step.
+_FOLLOWING: tuple[Any, ...] = (
+    LambdaLR,
+    MultiplicativeLR,
+    StepLR,
+    MultiStepLR,
+    ConstantLR,
+    LinearLR,
+    ExponentialLR,
+    PolynomialLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    ReduceLROnPlateau,
+)
+_COMPOSITE = (SequentialLR, ChainedScheduler)
 
 
 @dataclass(frozen=True)
@@ -56,6 +88,14 @@ class Rates:
         if unknown:
             raise SettingsError(f"a learning rate is given for rank {unknown[0]}, which is not among {schedule.ranks}")
         inner = _inner(scheduler)
+        fixed = [one for one in _parts(inner) if not _follows(one)] if self.by_rank else []
+        if fixed:
+            known = ", ".join(kind.__name__ for kind in (*_FOLLOWING, *_COMPOSITE))
+            raise SettingsError(
+                f"learning_rates need a scheduler that is known to go on from another base rate, and not "
+                f"{type(fixed[0]).__name__}, which may return to its own; use one of {known}, "
+                "or leave learning_rates out"
+            )
         if self.after_switch == "restart" and inner is None:
             raise SettingsError("learning_rate='restart' runs a scheduler's curve again: pass lr_scheduler")
         if self.after_switch != "continue" and inner is not None and not isinstance(inner, LambdaLR):
@@ -118,14 +158,17 @@ def apply_rates(
     if rate is None or not groups:
         return
     ratio = rate / float(groups[0].get("initial_lr", groups[0]["lr"]))
+    floor = _floor(inner)
     for group in groups:
-        _set(group, float(group["lr"]) * ratio)
+        base = float(group.get("initial_lr", group["lr"]))
+        _set(group, _scaled(float(group["lr"]), ratio, base=base, floor=floor))
         if "initial_lr" in group:
-            group["initial_lr"] = float(group["initial_lr"]) * ratio
-    if inner is not None and hasattr(inner, "base_lrs"):
-        inner.base_lrs = [group["initial_lr"] for group in inner.optimizer.param_groups]
-    if inner is not None:
-        _remember(inner)
+            group["initial_lr"] = base * ratio
+    for one in (*_parts(inner), inner):
+        if hasattr(one, "base_lrs"):
+            one.base_lrs = [group["initial_lr"] for group in one.optimizer.param_groups]
+        if one is not None:
+            _remember(one)
 
 
 def warm(
@@ -145,6 +188,34 @@ def _inner(scheduler: Any) -> Any:
     while type(scheduler).__name__ == "AcceleratedScheduler":
         scheduler = scheduler.scheduler
     return scheduler
+
+
+def _parts(inner: Any) -> Iterator[Any]:
+    """The schedulers that a scheduler consists of, at any depth; one of its own kind is its only part."""
+    if isinstance(inner, _COMPOSITE):
+        for one in inner._schedulers:
+            yield from _parts(one)
+    elif inner is not None:
+        yield inner
+
+
+def _follows(scheduler: Any) -> bool:
+    """Whether it is one of those known, or a class of one's own that computes its rates as they do."""
+    return any(isinstance(scheduler, kind) and type(scheduler).get_lr is kind.get_lr for kind in _FOLLOWING)
+
+
+def _floor(inner: Any) -> float:
+    """The rate down to which the curve falls whatever its base is."""
+    if isinstance(inner, SequentialLR):
+        return _floor(inner._schedulers[bisect_right(inner._milestones, inner.last_epoch)])
+    return float(getattr(inner, "eta_min", 0.0))
+
+
+def _scaled(rate: float, ratio: float, *, base: float, floor: float) -> float:
+    """What a rate of a curve from `base` down to `floor` is if the base is `ratio` times as high."""
+    if not floor or base == floor:
+        return rate * ratio
+    return floor + (rate - floor) * (base * ratio - floor) / (base - floor)
 
 
 def _ticks(scheduler: Any) -> int:

@@ -145,13 +145,14 @@ class _Launch:
         )
 
     def _settings_of(self, run: PlannedRun, entry: RunEntry) -> RunSettings:
-        """A run's own settings, at the recommended rank if that is wanted and its condition names no other."""
-        rank = self.manifest.squeeze.recommended_rank
-        is_first = entry.name == self.manifest.squeeze.run
-        wanted = self.campaign.settings.use_recommended_rank and rank and not is_first
-        begun = run_folder(self.folder, entry).settings.exists()
-        if not wanted or begun or run.settings.model.lora_rank != self.campaign.common.model.lora_rank:
+        """A run's own settings, at the recommended rank if that is wanted and its condition names none."""
+        if not self.campaign.settings.use_recommended_rank or run.names_rank:
             return run.settings
+        rank = run_folder(self.folder, entry).begun_at_rank()  # it can go on at no other
+        if rank is None:
+            rank = self.manifest.squeeze.recommended_rank
+            if not rank or entry.name == self.manifest.squeeze.run:
+                return run.settings
         at_rank = replace(run.settings, model=replace(run.settings.model, lora_rank=rank))
         try:
             check(at_rank, run.name)

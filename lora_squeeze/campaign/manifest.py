@@ -57,6 +57,7 @@ class RunEntry:
     seconds: float = 0.0
     steps: int = 0
     rank: int = 0
+    source_rank: int = 0  # at which it began: in a condition, not all do where the recommended rank is used
     adapter: str = ""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -184,6 +185,7 @@ def refreshed(manifest: Manifest, folder: Path) -> Manifest:
                 seconds=record.seconds,
                 steps=record.steps,
                 rank=record.rank,
+                source_rank=record.source_rank,
                 adapter=f"{entry.folder}/final",
                 metrics=record.metrics,
             )

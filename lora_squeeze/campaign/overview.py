@@ -10,6 +10,7 @@ from lora_squeeze.campaign.results import (
     METRICS,
     Mean,
     curve,
+    groups_of,
     main_metric,
     mean_of,
     metrics_of,
@@ -28,7 +29,7 @@ class Overview:
     metric
         by which they are compared; metrics: all that were measured, the most telling first.
     means
-        condition → metric → mean over seeds.
+        condition → metric → mean over seeds; runs that began at several ranks are apart (see `groups_of`).
     logged, curves
         what was logged while training, and condition → (step, mean over seeds of the stretch before it).
     gains
@@ -67,11 +68,7 @@ def overview(folder: Path, *, metric: str = "", points: int = 20) -> Overview:
     if chosen and chosen not in METRICS:
         raise TrainingError(f"metric '{chosen}' is unknown; known are {', '.join(METRICS)}")
     metrics = metrics_of(manifest)
-    by_condition = {
-        condition: runs
-        for condition in manifest.conditions
-        if (runs := [entry for entry in finished if entry.condition == condition])
-    }
+    by_condition = {name: runs for name, runs in groups_of(manifest).items() if runs}
     logged = "reward" if "reward" in chosen else "loss"
     logs = {name: [run_folder(folder, one).read_metrics() for one in runs] for name, runs in by_condition.items()}
     curves = {name: curve(runs, logged, points=points) for name, runs in logs.items()}

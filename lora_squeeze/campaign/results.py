@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = [
     "Mean",
     "curve",
     "family_of",
+    "groups_of",
     "main_metric",
     "mean_of",
     "means_side_by_side",
@@ -63,16 +65,39 @@ def main_metric(manifest: Manifest) -> str:
     return next(iter(metrics_of(manifest)), "")
 
 
+def groups_of(manifest: Manifest, *others: Manifest) -> dict[str, list[RunEntry]]:
+    """The finished runs that a mean is taken over: those of a condition, apart where they began at several ranks.
+
+    With `use_recommended_rank`, the first run is at the full rank and further seeds of its condition at the
+    recommended one. Such conditions are called "sft (rank 8)", "sft (rank 2)".
+    others
+        campaigns beside which this one is to stand: what is apart there is apart here.
+    """
+    mixed: set[str] = set()
+    for one in (manifest, *others):
+        ranks = {(entry.condition, entry.source_rank) for entry in one.runs if entry.status == "finished"}
+        mixed |= {condition for condition, count in Counter(name for name, _ in ranks).items() if count > 1}
+    groups: dict[str, list[RunEntry]] = {}
+    for condition in manifest.conditions:
+        runs = [one for one in manifest.runs if one.condition == condition and one.status == "finished"]
+        if condition not in mixed:
+            groups[condition] = runs
+            continue
+        for entry in runs:
+            groups.setdefault(f"{condition} (rank {entry.source_rank})", []).append(entry)
+    return groups
+
+
 def means_side_by_side(a: Manifest, b: Manifest, metric: str) -> list[tuple[str, Mean | None, Mean | None]]:
     """Each condition of either campaign, with its mean over seeds in both; None where nothing was measured."""
+    of_a, of_b = groups_of(a, b), groups_of(b, a)
 
-    def mean(manifest: Manifest, condition: str) -> Mean | None:
-        finished = (one for one in manifest.runs if one.condition == condition and one.status == "finished")
-        values = [one.metrics[metric] for one in finished if metric in one.metrics]
+    def mean(runs: Iterable[RunEntry]) -> Mean | None:
+        values = [one.metrics[metric] for one in runs if metric in one.metrics]
         return mean_of(values) if values else None
 
-    conditions = dict.fromkeys((*a.conditions, *b.conditions))
-    return [(condition, mean(a, condition), mean(b, condition)) for condition in conditions]
+    conditions = dict.fromkeys((*of_a, *of_b))
+    return [(name, mean(of_a.get(name, ())), mean(of_b.get(name, ()))) for name in conditions]
 
 
 def curve(logged: Sequence[Sequence[Mapping[str, Any]]], metric: str, *, points: int) -> tuple[tuple[int, Mean], ...]:

@@ -53,13 +53,18 @@ class CampaignSettings:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One condition with one seed. `folder` is its name with what a file system may not like replaced."""
+    """One condition with one seed. `folder` is its name with what a file system may not like replaced.
+
+    names_rank
+        whether its condition sets `lora_rank`, be it to what all runs have.
+    """
 
     name: str
     folder: str
     condition: str
     seed: int
     settings: RunSettings
+    names_rank: bool
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,14 @@ def _planned(
     settings = build(RunSettings, document, place)
     check(settings, place)
     label = _label(condition, settings)
-    return PlannedRun(f"{label}_s{seed}", _folder_name(f"{label}_s{seed}"), label, seed, settings)
+    return PlannedRun(
+        name=f"{label}_s{seed}",
+        folder=_folder_name(f"{label}_s{seed}"),
+        condition=label,
+        seed=seed,
+        settings=settings,
+        names_rank="lora_rank" in overrides.get("model", {}),
+    )
 
 
 def _by_section(condition: Mapping[str, Any], place: str) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,11 +47,9 @@ def measure_squeezed(
         if str(rank) not in known.get(entry.name, {}):
             run = run_folder(folder, entry)
             with TemporaryDirectory(dir=folder) as scratch:
-                small = Path(scratch) / "squeezed"
+                small = Path(scratch) / "small"
                 compress_adapter(run.final, small, rank)
-                settings = read_run_settings(run.settings)
-                model = replace(settings.model, lora_rank=0, adapter=str(small), squeeze_to=0)
-                metrics = evaluate_adapter(replace(settings, model=model), Path(scratch))
+                metrics = evaluate_adapter(read_run_settings(run.settings), small, scratch=scratch)
             known.setdefault(entry.name, {})[str(rank)] = metrics
             with new_file(folder / FILE, overwrite=True) as file:
                 file.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -231,14 +231,10 @@ def _is_at_work(folder: Path) -> bool:
 
 
 def _print_results(manifest: Manifest, folder: Path, metric: str) -> None:
-    from lora_squeeze.campaign.results import mean_of, metrics_of
+    from lora_squeeze.campaign.results import groups_of, mean_of, metrics_of
     from lora_squeeze.report.campaign import curves_table, results_table
 
     metrics = metrics_of(manifest)
-    finished = {
-        condition: [one for one in manifest.runs if one.condition == condition and one.status == "finished"]
-        for condition in manifest.conditions
-    }
     rows = [
         (
             condition,
@@ -248,7 +244,7 @@ def _print_results(manifest: Manifest, folder: Path, metric: str) -> None:
                 if any(key in one.metrics for one in runs)
             },
         )
-        for condition, runs in finished.items()
+        for condition, runs in groups_of(manifest).items()
     ]
     print_table(results_table(rows, metrics))
     curves = _curves(manifest, folder, metric, points=5)
@@ -264,11 +260,10 @@ def _logged(metric: str) -> str:
 
 def _curves(manifest: Manifest, folder: Path, metric: str, *, points: int) -> dict[str, tuple[tuple[int, Mean], ...]]:
     from lora_squeeze.campaign.manifest import run_folder
-    from lora_squeeze.campaign.results import curve
+    from lora_squeeze.campaign.results import curve, groups_of
 
     found: dict[str, tuple[tuple[int, Mean], ...]] = {}
-    for condition in manifest.conditions:
-        runs = [one for one in manifest.runs if one.condition == condition and one.status == "finished"]
+    for condition, runs in groups_of(manifest).items():
         logged = [run_folder(folder, one).read_metrics() for one in runs]
         if known := curve(logged, _logged(metric), points=points):
             found[condition] = known

@@ -294,15 +294,21 @@ def _choice(fields: Mapping[str, Any]) -> Choice:
 
 def _place_of(answer: Any, choices: tuple[str, ...], labels: Any) -> int:
     names = [str(label) for label in labels] if isinstance(labels, Sequence) else []
+    if names and len(names) != len(choices):
+        raise _BadValue(f"'choices' has {len(names)} labels for {len(choices)} choices")
     places = [str(number) for number in range(len(choices))]
     letters = [chr(ord("A") + number) for number in range(len(choices))]
-    if isinstance(answer, bool):
+    if names and all(name.removeprefix("-").isdecimal() for name in names):
+        places = []  # counted from 0 beside labels that begin at 1, each would be read as its neighbour's label
+    if isinstance(answer, bool) and str(answer) not in names:
         answer = int(answer)
-    for known in (places, names) if isinstance(answer, int) else (names, choices, letters, places):
+    for known in (names, places) if isinstance(answer, int) else (names, choices, letters, places):
         if str(answer) in known:
             return list(known).index(str(answer))
+    called = f"one of the labels {', '.join(names)}, nor " if names else ""
     raise _BadValue(
-        f"'answer' is {_shown(answer)}: neither one of the {len(choices)} choices, nor the letter or place of one"
+        f"'answer' is {_shown(answer)}: neither {called}one of the {len(choices)} choices, nor the letter"
+        f"{' or place' if places else ''} of one"
     )
 
 

@@ -73,6 +73,7 @@ def campaign_section(found: Overview) -> dict[str, Any]:
                 "name": entry.name,
                 "status": entry.status,
                 "rank": entry.rank,
+                "source_rank": entry.source_rank,
                 "steps": entry.steps,
                 "seconds": entry.seconds,
                 "metrics": entry.metrics,

@@ -23,7 +23,7 @@ from lora_squeeze.errors import OutputError, SettingsError, TrainingError
 from lora_squeeze.formats.folder import new_file
 from lora_squeeze.sections import document_of, read_toml, to_toml
 from lora_squeeze.training.record import RunRecord, read_record
-from lora_squeeze.training.settings import RunSettings
+from lora_squeeze.training.settings import RunSettings, read_run_settings
 
 __all__ = ["RunFolder", "only_one"]
 
@@ -94,6 +94,15 @@ class RunFolder:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
         with new_file(self.settings, overwrite=True) as file:
             file.write_text(to_toml(document), encoding="utf-8")
+
+    def begun_at_rank(self) -> int | None:
+        """`[model] lora_rank` of what there is of a run; None if nothing was made, or it cannot be told."""
+        if not self.settings.exists() or not self._holds_work():
+            return None
+        try:
+            return read_run_settings(self.settings).model.lora_rank
+        except SettingsError:
+            return None  # `begin` says what is wrong with the file
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""

@@ -27,6 +27,7 @@ from lora_squeeze.models import (
     load_model,
     load_seeing,
     load_tokenizer,
+    use_adapter,
     write_labels,
 )
 from lora_squeeze.provenance import provenance_of
@@ -65,21 +66,29 @@ def train(
         return run.finished() or _trained(settings, run, on_log)
 
 
-def evaluate_adapter(settings: RunSettings, scratch: Path) -> dict[str, float]:
-    """Evaluate `[model] adapter` on the held-out data of these settings; `scratch` is a folder for the Trainer.
+def evaluate_adapter(
+    settings: RunSettings, adapter: str | os.PathLike[str], *, scratch: str | os.PathLike[str]
+) -> dict[str, float]:
+    """Evaluate an adapter on the held-out data of a run, as that run would; `scratch` is a folder for the Trainer.
 
     Returns the Trainer's metrics, such as eval_loss. Raises DataError if nothing is held out.
     """
     require("transformers", "train").set_seed(settings.training.seed)
-    adapter = _fetched(settings.model.adapter)
+    adapter = os.fspath(adapter)
     inputs = read_inputs(settings, labels=labels_of_adapter(adapter))
     if not inputs.held_out:
         raise DataError("no data are held out to evaluate on: give [data] eval_source or eval_fraction")
-    run = RunFolder(scratch)
-    _, reader, model = _loaded(settings, inputs, run, adapter)
+    run = RunFolder(Path(scratch))
+    # TRL takes what it is given as the reference of DPO's rewards, and that is what the run began with.
+    compared = settings.method == "dpo"
+    if not compared:
+        settings = replace(settings, model=replace(settings.model, lora_rank=0, adapter=adapter, squeeze_to=0))
+    _, reader, model = _loaded(settings, inputs, run, _fetched(settings.model.adapter))
     quiet = replace(settings, logging=replace(settings.logging, report_to=[], wandb_project=""))
     trainer, _ = trainer_of(Prepared(quiet, run, inputs, reader, model, ()))
     trainer.remove_callback(require("transformers", "train").PrinterCallback)
+    if compared:
+        use_adapter(model, adapter, name="evaluated")
     return {key: float(value) for key, value in trainer.evaluate().items() if isinstance(value, int | float)}
 
 
