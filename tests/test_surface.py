@@ -74,6 +74,7 @@ ORDER = [
     "formats.hub",
     "formats.tinker",
     "formats",
+    "identity",
     "conversion",
     "merging",
     "serving",
