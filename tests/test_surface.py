@@ -168,6 +168,7 @@ ORDER = [
     "",  # the façade
     "cli.options",
     "cli.output",
+    "cli.files",
     "cli.plots",
     "cli.data_options",
     "cli.source",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_squeeze.cli.data_options import DataOptions, data_options, opened, read
+from lora_squeeze.cli.files import check_file
 from lora_squeeze.cli.options import as_json
 from lora_squeeze.cli.output import print_record, progress_of
 
@@ -48,11 +49,11 @@ def calibrate_command(
 
     With --merge, add up the MOMENTS that several processes wrote for parts of the data.
     """
-    from lora_squeeze.formats.folder import check_output
     from lora_squeeze.moments import merge_moments, read_moments, save_moments
     from lora_squeeze.report.quality import moments_table
 
-    check_output(output, source=None, overwrite=overwrite, single_file=True)
+    source = None if merging else Path(paths[0]).expanduser()
+    check_file(output, overwrite=overwrite, example="moments.safetensors", suffixes=(".safetensors",), source=source)
     if merging:
         if data_options.data or data_options.base or gradients or shard != (1, 1):
             raise click.UsageError("--merge adds up files that are there: it takes no model and no data")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from lora_squeeze.cli.decomposing import decomposed
+from lora_squeeze.cli.files import check_file, refuse_stray_overwrite
 from lora_squeeze.cli.options import (
     RankOptions,
     calibration_option,
@@ -22,7 +23,7 @@ from lora_squeeze.cli.options import (
 from lora_squeeze.cli.output import progress
 from lora_squeeze.cli.plots import check_plots, write_plots
 from lora_squeeze.cli.source import open_source
-from lora_squeeze.errors import OutputError, RankError
+from lora_squeeze.errors import RankError
 from lora_squeeze.measurements import Curve
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ def report_command(
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
     options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank, calibration=calibration)
+    refuse_stray_overwrite(overwrite, output, plots, options="--output or --plots")
     if output is not None:
-        _check_page(output, overwrite=overwrite)
+        check_file(output, overwrite=overwrite, example="report.html", suffixes=(".html", ".htm"))
     if plots is not None:
         from lora_squeeze.report.plots import FIGURES
 
@@ -111,15 +113,6 @@ def report_command(
         _write_plots(exploration, plots, overwrite=overwrite)
     if output is None and plots is None:
         _show(exploration)
-
-
-def _check_page(output: Path, *, overwrite: bool) -> None:
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(f"{output}: a report is an HTML page; its name must end in .html: {output}.html")
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder, and a report is one file; try {output / 'report.html'}")
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
 
 
 def _campaign_at(path: Path) -> Overview | None:

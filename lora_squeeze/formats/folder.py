@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_squeeze.errors import OutputError
 from lora_squeeze.formats.beside import beside
 
-__all__ = ["belongs_to_training", "check_output", "new_file", "new_folder"]
+__all__ = ["belongs_to_training", "check_folder_of", "check_output", "new_file", "new_folder"]
 
 SUFFIX = ".safetensors"
 
@@ -56,8 +56,18 @@ def check_output(output: Path, *, source: Path | None, overwrite: bool, single_f
             raise OutputError(f"{output}: exists and is not a folder; choose another output")
         if _is_something(output) and not overwrite:
             raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
+        check_folder_of(output)
     except OSError as error:
         raise OutputError(f"{output}: cannot be used as output: {error.strerror}") from error
+
+
+def check_folder_of(output: Path) -> None:
+    """Refuse an output in whose folder nothing can be made; a folder that is missing will be. Raises OutputError."""
+    folder = next(one for one in output.absolute().parents if one.exists())
+    if not folder.is_dir():
+        raise OutputError(f"{output}: cannot be written: {folder} is no folder; choose another output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: cannot be written: nothing may be made in {folder}; choose another output")
 
 
 def _check_file(output: Path) -> None:
