@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_squeeze.cli.options import refuse_stray
 from lora_squeeze.cli.output import print_table, progress
 from lora_squeeze.settings import CHOICES
 
@@ -50,6 +51,8 @@ def batch_command(
     from lora_squeeze.report.batch import batch_table
 
     parse_policy(policy)
+    if executor == "inline":
+        refuse_stray(("workers",), "--executor processes or ray: inline, it is one at a time")
     done = 0
     with progress("Squeezing", len(listed(adapters))) as advance:
 

@@ -17,6 +17,7 @@ from lora_squeeze.cli.options import (
     compute_options,
     dtype_option,
     rank_options,
+    refuse_stray,
     runtime_options,
     spelled,
 )
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 __all__ = ["report_command"]
+
+# An analysis is numbers without tensors, and nothing is computed or written of them.
+_OF_TENSORS = ("dtype", "runtime", "max_lora_rank", "calibration", "method", "device")
 
 
 @click.command("report", short_help="A page in one file, every policy under a slider.")
@@ -77,6 +81,8 @@ def report_command(
 
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+    if _is_analysis(path):
+        refuse_stray(_OF_TENSORS, f"a report of an adapter, and {path} is the JSON of an analysis")
     options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank, calibration=calibration)
     refuse_stray_overwrite(overwrite, output, plots, options="--output or --plots")
     if output is not None:
@@ -91,7 +97,7 @@ def report_command(
     campaign = _campaign_at(Path(path))
     if campaign is not None:
         path = str(campaign.adapter)
-    if path.endswith(".json") and Path(path).is_file():
+    if _is_analysis(path):
         exploration = _from_record(Path(path), rank_options, options)
     else:
         decomposition = decomposed(open_source(path), method=method, device=device, calibration=calibration)
@@ -113,6 +119,10 @@ def report_command(
         _write_plots(exploration, plots, overwrite=overwrite)
     if output is None and plots is None:
         _show(exploration)
+
+
+def _is_analysis(path: str) -> bool:
+    return path.endswith(".json") and Path(path).is_file()
 
 
 def _campaign_at(path: Path) -> Overview | None:
