@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, whole
 from lora_squeeze.decomposition import Decomposition, borrow_together, naming, spectrum_of, together
-from lora_squeeze.errors import RankError
+from lora_squeeze.errors import RankError, SettingsError
 from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES, dtype_spelling
 from lora_squeeze.peft_names import PREFIX
@@ -47,6 +47,8 @@ def compress(
         and a layer of rank 0 is left out.
     dtype
         of the new factors, as "bf16" or "bfloat16"; default: each as it was.
+    method, device
+        of the decomposition on the way; one that is given has its own, and another is an error.
     one_alpha
         give all layers one alpha instead of one scale, for runtimes that misread differing alphas.
     on_layer
@@ -56,8 +58,11 @@ def compress(
     had another, the difference goes into its factors. So a runtime that ignores rank_pattern and
     alpha_pattern still applies the right scale. A layer with a trained bias (lora_bias) keeps its own:
     the scale holds for the bias, too.
-    Raises RankError if the plan does not fit the adapter.
+    Raises RankError if the plan does not fit the adapter, SettingsError for a method or device that cannot be heeded.
     """
+    if isinstance(source, Decomposition):
+        _refuse_unheeded("method", method, made=source.method, default="gram")
+        _refuse_unheeded("device", _indexed(device), made=_indexed(source.device), default="cpu")
     adapter = source.adapter if isinstance(source, Decomposition) else source
     check_device(device)
     dtype = dtype_spelling(dtype) if dtype else None
@@ -203,6 +208,19 @@ def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "") 
         )
 
     return Cost({name: component_bytes(spec) for name, spec in adapter.layers.items()}, file_size)
+
+
+def _refuse_unheeded(what: str, given: str, *, made: str, default: str) -> None:
+    """A decomposition is what it is: to ask for another route or device, and silently not get it, helps nobody."""
+    if given not in (made, default):
+        raise SettingsError(
+            f"{what} '{given}' cannot be heeded: the decomposition that is given was made with {what} '{made}'; "
+            f"leave it out, or make another by decompose(…, {what}='{given}')"
+        )
+
+
+def _indexed(device: str) -> str:
+    return f"{device}:0" if device == "cuda" else device
 
 
 def _check_plan(adapter: Adapter, ranks: Ranks) -> None:

@@ -34,12 +34,16 @@ class Decomposition:
 
     Any number of rank plans can be applied to one decomposition. The bases (two r×q matrices a
     layer) lie in an unnamed temporary file, so memory does not grow with the adapter.
+    method, device
+        by which it was made, and on which everything that is made of it is computed.
     """
 
     adapter: Adapter
     spectra: tuple[Spectrum, ...]
     basis: Callable[[str], Basis] = field(repr=False)
     calibration: str = ""
+    method: str = "gram"
+    device: str = "cpu"
 
 
 def decompose(
@@ -98,6 +102,8 @@ def decompose(
         spectra=tuple(spectra),
         basis=lambda name: spool.read(name, device=device),
         calibration=(moments.identity or "moments in memory") if moments else "",
+        method=method,
+        device=device,
     )
 
 

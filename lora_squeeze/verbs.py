@@ -222,6 +222,8 @@ def squeeze(
 
     source
         an adapter (decomposed on the way, in one pass over the file) or its decomposition.
+    method, device
+        of the decomposition on the way; one that is given has its own, and another is an error.
     runtime, max_lora_rank
         write what this runtime loads (see `lora_squeeze.serving`), or raise UnsupportedAdapter.
     base
@@ -232,7 +234,7 @@ def squeeze(
 
     The errors are those of the very numbers that were written: they are taken after rounding,
     and `save_adapter` checks that the disk holds the bytes they were taken from.
-    Raises AdapterError, RankError or OutputError; nothing is left behind then.
+    Raises AdapterError, RankError, SettingsError or OutputError; nothing is left behind then.
     """
     layers: dict[str, SqueezedLayer] = {}
 

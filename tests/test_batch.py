@@ -1,6 +1,7 @@
 """Many adapters in one go: named apart, contained, continued, in this process and in others."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from adapters import write_raw
 from click.testing import CliRunner
 from test_hub import image_file, server  # noqa: F401
 
-from lora_squeeze import open_adapter
+from lora_squeeze import open_adapter, verify
 from lora_squeeze.batch import named, read_batch, squeeze_batch
 from lora_squeeze.cli import main
 from lora_squeeze.errors import OutputError, SettingsError
@@ -106,3 +107,115 @@ def test_a_folder_of_something_else_is_left_alone(adapters, tmp_path):
     (tmp_path / "out" / "batch.json").write_text("{}")
     with pytest.raises(OutputError, match=r"batch\.json: cannot be read"):
         squeeze_batch([str(adapters / "a")], tmp_path / "out")
+
+
+# --- what was squeezed before -----------------------------------------------------------------------------------
+
+
+def retrain(adapter, number=1.0):
+    """Other weights in the same files."""
+    write_raw(adapter, {f"first.lora_{side}.weight": number * torch.ones(*shape) for side, shape in SHAPES}, r=4)
+
+
+SHAPES = (("A", (4, 12)), ("B", (10, 4)))
+
+
+def a_style(folder, number=1.0):
+    retrain(folder / "style", number)
+    return str(folder / "style")
+
+
+def names_of(out):
+    return {Path(one.output).name: one.status for one in read_batch(out)}
+
+
+def test_a_source_that_has_changed_is_squeezed_again(tmp_path):
+    source, out = a_style(tmp_path / "x"), tmp_path / "out"
+    (before,) = squeeze_batch([source], out, policy="fixed=1")
+    retrain(Path(source), 2.0)
+    (after,) = squeeze_batch([source], out, policy="fixed=1")
+    assert after.identity != before.identity
+    assert verify(after.output, source).passed
+    config = json.loads((Path(source) / "adapter_config.json").read_text())
+    (Path(source) / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
+    squeeze_batch([source], out, policy="fixed=1")
+    assert verify(after.output, source).passed
+    (Path(source) / "chat_template.jinja").write_text("{{ messages }}")
+    squeeze_batch([source], out, policy="fixed=1")
+    assert (Path(after.output) / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_what_is_there_stays_where_the_source_is_gone_or_is_spelled_another_way(tmp_path, monkeypatch):
+    source, out = a_style(tmp_path / "x"), tmp_path / "out"
+    (before,) = squeeze_batch([source], out, policy="fixed=1")
+    written = (out / "style" / WEIGHTS).stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    (again,) = squeeze_batch(["./x/style"], Path("out"), policy="fixed=1")
+    shutil.rmtree(source)
+    (gone,) = squeeze_batch(["x/style"], Path("out"), policy="fixed=1")
+    assert {before.identity, again.identity, gone.identity} == {before.identity}
+    assert gone.status == "finished"
+    assert (out / "style" / WEIGHTS).stat().st_mtime_ns == written
+    assert names_of(out) == {"style": "finished"}
+
+
+def test_another_source_of_the_same_name_replaces_nothing(tmp_path):
+    one, other, out = a_style(tmp_path / "x"), a_style(tmp_path / "y", 2.0), tmp_path / "out"
+    squeeze_batch([one], out, policy="fixed=1")
+    (record,) = squeeze_batch([other], out, policy="fixed=1")
+    assert names_of(out) == {"style": "finished", "y-style": "finished"}
+    assert Path(record.output) == out / "y-style"
+    assert verify(out / "style", one).passed
+    assert verify(out / "y-style", other).passed
+    written = {name: (out / name / WEIGHTS).stat().st_mtime_ns for name in names_of(out)}
+    for sources in ([other], [one, other], [str(tmp_path / "x")]):
+        squeeze_batch(sources, out, policy="fixed=1")
+    assert written == {name: (out / name / WEIGHTS).stat().st_mtime_ns for name in names_of(out)}
+    done = CliRunner().invoke(main, ["batch", other, "--out", str(out), "--policy", "fixed=1", "--json"])
+    assert [Path(one["output"]).name for one in json.loads(done.stdout)["adapters"]] == ["y-style"]
+
+
+def test_what_no_record_speaks_of_is_not_replaced(tmp_path):
+    one, out = a_style(tmp_path / "x"), tmp_path / "out"
+    squeeze_batch([one], out, policy="fixed=1")
+    retrain(out / "other")
+    retrain(tmp_path / "y" / "other")
+    with pytest.raises(OutputError, match=r"other: is there already, and batch\.json does not say"):
+        squeeze_batch([str(tmp_path / "y" / "other")], out)
+    shutil.rmtree(out / "style")
+    (record,) = squeeze_batch([a_style(tmp_path / "y")], out, policy="fixed=1")
+    assert (names_of(out), Path(record.output).name) == ({"style": "finished"}, "style")
+
+
+@pytest.mark.parametrize("name", ["logs", "batch.json"])
+def test_names_that_the_batch_needs_are_refused(tmp_path, name):
+    retrain(tmp_path / "x" / name)
+    source, out = str(tmp_path / "x" / name), tmp_path / "out"
+    done = CliRunner().invoke(main, ["batch", source, "--out", str(out)])
+    assert (done.exit_code, f"'{name}', which is the batch's own" in done.output) == (1, True), done.output
+    assert not out.exists()
+    assert list(named([source, str(tmp_path / "y" / name)])) == [f"x-{name}", f"y-{name}"]
+
+
+def test_records_without_a_place_and_an_identity_are_read_and_made_anew(tmp_path):
+    source, out = a_style(tmp_path / "x"), tmp_path / "out"
+    (record,) = squeeze_batch([source], out, policy="fixed=1")
+    old = json.loads((out / "batch.json").read_text())
+    for one in old["adapters"]:
+        del one["place"], one["identity"]
+    (out / "batch.json").write_text(json.dumps(old))
+    assert read_batch(out)[0].identity == ""
+    assert squeeze_batch([source], out, policy="fixed=1") == (record,)
+
+
+def test_a_new_commit_on_the_hub_is_squeezed_and_no_answer_changes_nothing(server, tmp_path):  # noqa: F811
+    server.add("user/style", {"any_name.safetensors": image_file()})
+    arguments = (["user/style"], tmp_path / "out")
+    (first,) = squeeze_batch(*arguments, policy="fixed=2")
+    server.add("user/style", {"any_name.safetensors": image_file(seed=1)})
+    (second,) = squeeze_batch(*arguments, policy="fixed=2")
+    assert first.identity != second.identity
+    assert second.output == first.output
+    assert verify(second.output, "user/style").passed
+    server.repos.clear()
+    assert squeeze_batch(*arguments, policy="fixed=2") == (second,)

@@ -285,7 +285,7 @@ def test_tasks_that_do_not_exist_and_classifiers(world):
     done = cli("evaluate", world / "a", "--base", world / "llama", "--task", "no_such_task")
     assert done.exit_code == 1
     assert "lm-eval knows no task 'no_such_task'" in done.output
-    done = cli("evaluate", world / "c", "--base", world / "bert", "--labels", "a,b", "--task", "no_such_task")
+    done = cli("evaluate", world / "c", "--base", world / "bert", "--task", "no_such_task")
     assert "this is a classifier" in done.output
 
 

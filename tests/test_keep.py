@@ -223,8 +223,11 @@ def test_curve_as_table_record_and_figure(world, tmp_path):
     assert done.exit_code == 0, done.output
     assert "params=0.5 on data" in done.output
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    record = json.loads(cli("curve", world / "a", *base, *options, "-o", tmp_path / "curve.json", "--json").stdout)
-    assert json.loads((tmp_path / "curve.json").read_text()) == record
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "curve.json").write_text("old")
+    for file, told in ((tmp_path / "new" / "curve.json", []), (tmp_path / "old" / "curve.json", ["--overwrite"])):
+        record = json.loads(cli("curve", world / "a", *base, *options, "-o", file, *told, "--json").stdout)
+        assert json.loads(file.read_text()) == record
     points = {(one["policy"], one["label"], one["outcome"]["fraction"]): one for one in record["points"]}
     assert set(points) == {(p, label, f) for p in ("fixed", "params") for label in ("", "on data") for f in (0.5, 0.25)}
     alone = json.loads(cli("evaluate", world / "a", *base, "--ranks", "4", "--metric", "loss", "--json").stdout)

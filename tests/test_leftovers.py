@@ -166,16 +166,16 @@ def test_a_plan_is_written_whole_and_never_over_the_adapter(tmp_path, source):
 
     from lora_squeeze.cli import main
 
-    def plan(output):
-        return CliRunner().invoke(main, ["plan", str(source), "--policy", "fixed=2", "-o", str(output)])
+    def plan(output, *options):
+        return CliRunner().invoke(main, ["plan", str(source), "--policy", "fixed=2", "-o", str(output), *options])
 
     before = snapshot(source)
-    refused = plan(source / "adapter_config.json")
+    refused = plan(source / "adapter_config.json", "--overwrite")
     assert refused.exit_code == 1
     assert "file of the adapter itself" in refused.stderr
     assert snapshot(source) == before
-    for _ in range(2):
-        assert plan(tmp_path / "ranks.json").exit_code == 0
+    for options in ([], ["--overwrite"]):
+        assert plan(tmp_path / "ranks.json", *options).exit_code == 0
     assert plan("/dev/null").exit_code == 0
     assert not Path("/dev/null").is_file()
     assert names(tmp_path) == {"adapter", "ranks.json"}

@@ -74,6 +74,7 @@ ORDER = [
     "formats.hub",
     "formats.tinker",
     "formats",
+    "identity",
     "conversion",
     "merging",
     "serving",
@@ -167,6 +168,7 @@ ORDER = [
     "",  # the façade
     "cli.options",
     "cli.output",
+    "cli.files",
     "cli.plots",
     "cli.data_options",
     "cli.source",

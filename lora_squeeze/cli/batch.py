@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_squeeze.cli.options import refuse_stray
 from lora_squeeze.cli.output import print_table, progress
 from lora_squeeze.settings import CHOICES
 
@@ -42,15 +43,18 @@ def batch_command(
 ) -> None:
     """Squeeze many ADAPTERS by one policy; a folder stands for the adapters in it.
 
-    The same command again goes on: what has been squeezed by the same settings stays. Exit code 1 if any failed.
+    The same command again goes on: what has been squeezed by the same settings stays, unless the adapter has
+    changed since. Exit code 1 if any failed.
     """
-    from lora_squeeze.batch import RECORDS, named, squeeze_batch
+    from lora_squeeze.batch import batch_to_json, listed, squeeze_batch
     from lora_squeeze.policies import parse_policy
     from lora_squeeze.report.batch import batch_table
 
     parse_policy(policy)
+    if executor == "inline":
+        refuse_stray(("workers",), "--executor processes or ray: inline, it is one at a time")
     done = 0
-    with progress("Squeezing", len(named(adapters))) as advance:
+    with progress("Squeezing", len(listed(adapters))) as advance:
 
         def on_change(records: Sequence[BatchRecord]) -> None:
             nonlocal done
@@ -71,7 +75,7 @@ def batch_command(
             on_change=on_change,
         )
     if as_json:
-        click.echo((out / RECORDS).read_text(encoding="utf-8"))
+        click.echo(batch_to_json(records), nl=False)
     else:
         print_table(batch_table(records))
     if any(record.status == "failed" for record in records):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_squeeze.cli.data_options import DataOptions, data_options, opened, read
-from lora_squeeze.cli.options import as_json
+from lora_squeeze.cli.data_options import DATA_PARAMETERS, DataOptions, data_options, opened, read
+from lora_squeeze.cli.files import check_file
+from lora_squeeze.cli.options import as_json, refuse_stray
 from lora_squeeze.cli.output import print_record, progress_of
 
 if TYPE_CHECKING:
@@ -48,20 +49,21 @@ def calibrate_command(
 
     With --merge, add up the MOMENTS that several processes wrote for parts of the data.
     """
-    from lora_squeeze.formats.folder import check_output
     from lora_squeeze.moments import merge_moments, read_moments, save_moments
     from lora_squeeze.report.quality import moments_table
 
-    check_output(output, source=None, overwrite=overwrite, single_file=True)
     if merging:
-        if data_options.data or data_options.base or gradients or shard != (1, 1):
-            raise click.UsageError("--merge adds up files that are there: it takes no model and no data")
+        what = "measuring: --merge adds up files that are there, and takes no model and no data"
+        refuse_stray(("gradients", "shard", *DATA_PARAMETERS), what)
+    elif len(paths) != 1:
+        raise click.UsageError("one adapter is calibrated at a time; to add up moments, say --merge")
+    elif not data_options.data:
+        raise click.UsageError("--data is missing: on which texts shall it be calibrated?")
+    source = None if merging else Path(paths[0]).expanduser()
+    check_file(output, overwrite=overwrite, example="moments.safetensors", suffixes=(".safetensors",), source=source)
+    if merging:
         moments = merge_moments([read_moments(Path(path)) for path in paths])
     else:
-        if len(paths) != 1:
-            raise click.UsageError("one adapter is calibrated at a time; to add up moments, say --merge")
-        if not data_options.data:
-            raise click.UsageError("--data is missing: on which texts shall it be calibrated?")
         moments = _calibrated(paths[0], data_options, gradients=gradients, shard=shard)
     save_moments(moments, output, overwrite=overwrite)
     print_record(read_moments(output).summary(str(output)), moments_table, as_json=as_json)

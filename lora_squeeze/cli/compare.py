@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lora_squeeze.cli.decomposing import decomposed
-from lora_squeeze.cli.options import calibration_option, compute_options
+from lora_squeeze.cli.options import calibration_option, compute_options, refuse_stray
 from lora_squeeze.cli.output import print_record, print_table, progress
 from lora_squeeze.cli.source import open_source
 
@@ -50,6 +50,8 @@ def compare_command(
     _refuse(other is not None, {"--params": fractions, "--calibration": calibration}, "compares policies for one PATH")
     _refuse(other is not None and not campaigns, {"--metric": metric}, "compares two campaigns")
     _refuse(campaigns, {"--rank": rank, "--layers": layers, "--json": as_json}, "compares two adapters")
+    if campaigns:
+        refuse_stray(("method", "device"), "comparing adapters: campaigns are compared by what was measured")
     if other is None:
         _compare_policies(path, _FRACTIONS if fractions is None else fractions, as_json, calibration, method, device)
     elif campaigns:

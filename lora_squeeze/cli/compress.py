@@ -18,9 +18,9 @@ from lora_squeeze.cli.options import (
     calibration_option,
     compute_options,
     dtype_option,
-    given_of,
     push_options,
     rank_options,
+    refuse_stray,
     refuse_stray_by,
     runtime_options,
 )
@@ -98,6 +98,7 @@ def compress_command(
     if keep is not None:
         if policies != rank_options.policies or ranks_file is not None:
             raise click.UsageError("--keep seeks the ranks itself: leave out --rank, --retain and --ranks")
+        refuse_stray_by(rank_options, () if policies else ("params",))
         kept = compress_keeping(
             path,
             output,
@@ -119,8 +120,7 @@ def compress_command(
         if repo:
             _push(kept.compression, repo, private=private, commit_message=commit_message, as_json=as_json)
         return
-    if stray := given_of(click.get_current_context(), ("metric", "confident", *DATA_PARAMETERS)):
-        raise click.UsageError(f"{' and '.join(stray)} belong{'s' if len(stray) == 1 else ''} to --keep")
+    refuse_stray(("metric", "confident", *DATA_PARAMETERS), "--keep")
     adapter = open_source(path)
     suffix = ".safetensors" if adapter.single_file else ""
     outputs = [Path(output)] if len(policies) < 2 else [Path(output, policy + suffix) for policy in policies]

@@ -9,9 +9,9 @@ import click
 
 from lora_squeeze.cli.data_options import DataOptions, data_options, opened, read, trial_for
 from lora_squeeze.cli.decomposing import decomposed
+from lora_squeeze.cli.files import check_file, print_and_write, refuse_stray_overwrite
 from lora_squeeze.cli.options import as_json, calibration_option
 from lora_squeeze.cli.output import print_record, progress_of
-from lora_squeeze.errors import OutputError
 
 if TYPE_CHECKING:
     from lora_squeeze.measurements import Curve
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["curve_command"]
 
 DEFAULT_POLICIES = ("fixed", "params")
+_SUFFIXES = (".png", ".svg", ".pdf", ".json")
 
 
 def _parse_fractions(_context: click.Context, _option: click.Parameter, text: str) -> tuple[float, ...]:
@@ -42,6 +43,7 @@ def _parse_fractions(_context: click.Context, _option: click.Parameter, text: st
 )
 @click.option("--metric", "metrics", multiple=True, help="loss, accuracy, …  Repeatable.  [default: all]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also a figure (.png, .svg, .pdf) or .json.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.option("--draws", type=click.IntRange(min=100), default=2000, help="Of the bootstrap.")
 @click.option("--seed", default=0, help="Of the bootstrap.")
 @calibration_option
@@ -53,6 +55,7 @@ def curve_command(
     fractions: tuple[float, ...],
     metrics: tuple[str, ...],
     output: Path | None,
+    overwrite: bool,
     draws: int,
     seed: int,
     calibration: Path | None,
@@ -66,6 +69,9 @@ def curve_command(
     from lora_squeeze.evaluation.curve import curve
     from lora_squeeze.report.quality import curve_table
 
+    refuse_stray_overwrite(overwrite, output, options="--output")
+    if output is not None:
+        _check(output, adapter, overwrite=overwrite)
     examples = read(data_options)
     subject = opened(data_options, (adapter,), examples)
     source = subject.adapters["default"]
@@ -86,19 +92,28 @@ def curve_command(
             seed=seed,
             on_batch=advance,
         )
-    if output is not None:
-        _write(found.to_json(), output) if output.suffix == ".json" else _draw(found, output)
-    print_record(found, curve_table, as_json=as_json)
+    print_and_write(
+        lambda: print_record(found, curve_table, as_json=as_json),
+        output,
+        lambda file: _write(found, file),
+        overwrite=overwrite,
+    )
 
 
-def _write(text: str, output: Path) -> None:
-    try:
-        output.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
+def _check(output: Path, adapter: str, *, overwrite: bool) -> None:
+    """Raise OutputError or MissingExtra: a measurement takes its time, and may not be lost for the want of a file."""
+    from lora_squeeze.extras import require
+
+    source = Path(adapter).expanduser()
+    check_file(output, overwrite=overwrite, example="curve.png", suffixes=_SUFFIXES, source=source)
+    if output.suffix.lower() != ".json":
+        require("matplotlib.figure", "plots")
 
 
-def _draw(found: Curve, output: Path) -> None:
+def _write(found: Curve, file: Path) -> None:
+    if file.suffix.lower() == ".json":
+        file.write_text(found.to_json() + "\n", encoding="utf-8")
+        return
     from lora_squeeze.report.curve_plot import plot_curve
 
-    plot_curve(found, output)
+    plot_curve(found, file)

@@ -9,14 +9,18 @@ import click
 
 from lora_squeeze.cli.data_options import DataOptions, data_options, opened, read, trial_for
 from lora_squeeze.cli.decomposing import decomposed
-from lora_squeeze.cli.options import calibration_option, parse_ranks
+from lora_squeeze.cli.options import calibration_option, parse_ranks, refuse_stray
 from lora_squeeze.cli.output import print_table, progress, progress_of
+from lora_squeeze.cli.source import open_source
 
 if TYPE_CHECKING:
     from lora_squeeze.evaluation.subject import Contestant, Subject
     from lora_squeeze.measurements import Evaluation
 
 __all__ = ["evaluate_command"]
+
+# A task of lm-eval has its own.
+_OF_DATA = ("metrics", "ablate_images", "run_columns", "run_labels", "run_prompt", "run_max_length")
 
 
 @click.command("evaluate", short_help="Loss, accuracy and more of adapters and ranks on data.")
@@ -67,6 +71,13 @@ def evaluate_command(
 
     if bool(tasks) == bool(data_options.data):
         raise click.UsageError("give --data with examples of your own, or --task with a task of lm-eval")
+    if tasks:
+        from lora_squeeze.evaluation.harness import refuse_classifier
+
+        refuse_stray(_OF_DATA, "--data: a --task brings its own data, prompts and metrics")
+        refuse_classifier(open_source(adapters[0]))
+    else:
+        refuse_stray(("include", "few_shot"), "--task: what --data names is measured as it is")
     if calibration is not None and not (ranks or policies):
         raise click.UsageError("--calibration is for the --ranks or --policy that shall be tried")
     examples = read(data_options) if data_options.data else ()

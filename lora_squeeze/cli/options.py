@@ -23,6 +23,7 @@ __all__ = [
     "parse_ranks",
     "push_options",
     "rank_options",
+    "refuse_stray",
     "refuse_stray_by",
     "runtime_options",
     "spelled",
@@ -65,6 +66,12 @@ def given_of(context: click.Context, parameters: Iterable[str]) -> list[str]:
     """Which of these parameters the command line gives, as it spells them."""
     given = {name for name in parameters if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     return [one.opts[0] for one in context.command.params if one.name in given]
+
+
+def refuse_stray(parameters: Iterable[str], what: str) -> None:
+    """Raise UsageError if the command line gives any of these: they belong to `what`, and mean nothing now."""
+    if stray := given_of(click.get_current_context(), parameters):
+        raise click.UsageError(f"{' and '.join(stray)} belong{'s' if len(stray) == 1 else ''} to {what}")
 
 
 def refuse_stray_by(options: RankOptions, others: tuple[str, ...] = ()) -> None:

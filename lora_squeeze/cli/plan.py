@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from lora_squeeze.cli.decomposing import decomposed
+from lora_squeeze.cli.files import check_file, print_and_write, refuse_stray_overwrite
 from lora_squeeze.cli.options import (
     RankOptions,
     as_json,
@@ -20,10 +20,6 @@ from lora_squeeze.cli.options import (
 )
 from lora_squeeze.cli.output import print_record
 from lora_squeeze.cli.source import open_source
-from lora_squeeze.errors import OutputError
-
-if TYPE_CHECKING:
-    from lora_squeeze import Ranks
 
 __all__ = ["plan_command"]
 
@@ -31,6 +27,7 @@ __all__ = ["plan_command"]
 @click.command("plan", short_help="Choose ranks layer by layer; write only numbers.")
 @click.argument("path")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the ranks to this JSON file.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @dtype_option
 @runtime_options()
 @rank_options(repeatable=False)
@@ -40,6 +37,7 @@ __all__ = ["plan_command"]
 def plan_command(
     path: str,
     output: Path | None,
+    overwrite: bool,
     dtype: str | None,
     runtime: str,
     max_lora_rank: int | None,
@@ -61,11 +59,10 @@ def plan_command(
     if len(rank_options.policies) > 1:
         raise click.UsageError("a plan has one --policy; lora-squeeze compare shows several")
     refuse_stray_by(rank_options)
+    refuse_stray_overwrite(overwrite, output, options="--output")
     adapter = open_source(path)
-    if output is not None and output.is_file() and adapter.place is not None:
-        source = adapter.place.resolve()
-        if source in (output.resolve(), *output.resolve().parents):
-            raise OutputError(f"{output}: is a file of the adapter itself; choose another output")
+    if output is not None:
+        check_file(output, overwrite=overwrite, example="ranks.json", source=adapter.place)
     decomposition = decomposed(adapter, method=method, device=device, calibration=calibration)
     ranks = choose_ranks(
         decomposition,
@@ -77,20 +74,9 @@ def plan_command(
         max_lora_rank=max_lora_rank,
     )
     found = outcome(decomposition, ranks, dtype=dtype, runtime=runtime)
-    if output is not None:
-        _write(ranks, output)
-    print_record(ranks, lambda plan: plan_table(plan, found), as_json=as_json)
-
-
-def _write(ranks: Ranks, output: Path) -> None:
-    from lora_squeeze.formats.folder import new_file
-
-    text = ranks.to_json() + "\n"
-    if output.exists() and not output.is_file():  # a pipe, or /dev/stdout: nothing to put in its place
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
-        return
-    with new_file(output, overwrite=True) as file:
-        file.write_text(text, encoding="utf-8")
+    print_and_write(
+        lambda: print_record(ranks, lambda plan: plan_table(plan, found), as_json=as_json),
+        output,
+        lambda file: file.write_text(ranks.to_json() + "\n", encoding="utf-8"),
+        overwrite=overwrite,
+    )

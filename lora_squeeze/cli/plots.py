@@ -16,6 +16,7 @@ __all__ = ["check_plots", "write_plots"]
 def check_plots(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
     """Raise MissingExtra without matplotlib, or OutputError if these figures cannot be written there."""
     from lora_squeeze.extras import require
+    from lora_squeeze.formats.folder import check_folder_of
 
     require("matplotlib", "plots")
     if folder.exists() and not folder.is_dir():
@@ -23,6 +24,7 @@ def check_plots(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
     for file in _files(folder, names):
         if file.exists() and not overwrite:
             raise OutputError(f"{file}: already exists; use --overwrite to replace it, or choose another folder")
+        check_folder_of(file)
 
 
 def write_plots(folder: Path, figures: Mapping[str, Callable[[Path], None]], *, overwrite: bool) -> None:

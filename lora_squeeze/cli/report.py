@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from lora_squeeze.cli.decomposing import decomposed
+from lora_squeeze.cli.files import check_file, refuse_stray_overwrite
 from lora_squeeze.cli.options import (
     RankOptions,
     calibration_option,
     compute_options,
     dtype_option,
     rank_options,
+    refuse_stray,
     runtime_options,
     spelled,
 )
 from lora_squeeze.cli.output import progress
 from lora_squeeze.cli.plots import check_plots, write_plots
 from lora_squeeze.cli.source import open_source
-from lora_squeeze.errors import OutputError, RankError
+from lora_squeeze.errors import RankError
 from lora_squeeze.measurements import Curve
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 
 __all__ = ["report_command"]
+
+# An analysis is numbers without tensors, and nothing is computed or written of them.
+_OF_TENSORS = ("dtype", "runtime", "max_lora_rank", "calibration", "method", "device")
 
 
 @click.command("report", short_help="A page in one file, every policy under a slider.")
@@ -76,9 +81,12 @@ def report_command(
 
     if max_lora_rank is not None and runtime in ("", "peft"):
         raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+    if _is_analysis(path):
+        refuse_stray(_OF_TENSORS, f"a report of an adapter, and {path} is the JSON of an analysis")
     options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank, calibration=calibration)
+    refuse_stray_overwrite(overwrite, output, plots, options="--output or --plots")
     if output is not None:
-        _check_page(output, overwrite=overwrite)
+        check_file(output, overwrite=overwrite, example="report.html", suffixes=(".html", ".htm"))
     if plots is not None:
         from lora_squeeze.report.plots import FIGURES
 
@@ -89,7 +97,7 @@ def report_command(
     campaign = _campaign_at(Path(path))
     if campaign is not None:
         path = str(campaign.adapter)
-    if path.endswith(".json") and Path(path).is_file():
+    if _is_analysis(path):
         exploration = _from_record(Path(path), rank_options, options)
     else:
         decomposition = decomposed(open_source(path), method=method, device=device, calibration=calibration)
@@ -113,13 +121,8 @@ def report_command(
         _show(exploration)
 
 
-def _check_page(output: Path, *, overwrite: bool) -> None:
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(f"{output}: a report is an HTML page; its name must end in .html: {output}.html")
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder, and a report is one file; try {output / 'report.html'}")
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
+def _is_analysis(path: str) -> bool:
+    return path.endswith(".json") and Path(path).is_file()
 
 
 def _campaign_at(path: Path) -> Overview | None:

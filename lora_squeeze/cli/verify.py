@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lora_squeeze.cli.options import as_json
+from lora_squeeze.cli.options import as_json, refuse_stray
 from lora_squeeze.cli.output import download_progress, print_record
 
 __all__ = ["verify_command"]
@@ -25,6 +25,8 @@ def verify_command(context: click.Context, output: str, source: str | None, laye
     from lora_squeeze import verify
     from lora_squeeze.report.table import verification_table
 
+    if source is None:
+        refuse_stray(("layers",), "a check against SOURCE: without it, what was lost is not measured")
     with download_progress() as on_download:
         verification = verify(output, source, on_download=on_download)
     print_record(verification, lambda record: verification_table(record, layers=layers), as_json=as_json)

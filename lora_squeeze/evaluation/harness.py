@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lora_squeeze.adapter import Adapter
 from lora_squeeze.errors import DataError, ModelError
 from lora_squeeze.evaluation.bootstrap import DRAWS, estimates, judged
 from lora_squeeze.evaluation.scoring import Scores
@@ -22,7 +23,7 @@ from lora_squeeze.evaluation.subject import Contestant, Subject, activate
 from lora_squeeze.extras import require
 from lora_squeeze.measurements import Estimate, Evaluated, Evaluation
 
-__all__ = ["evaluate_tasks"]
+__all__ = ["evaluate_tasks", "refuse_classifier"]
 
 _95 = 1.959964  # standard errors to either side
 
@@ -79,6 +80,12 @@ def evaluate_tasks(
         subject.model.config.use_cache = cached
     names = sorted(results[0]["samples"])
     return [_evaluation(subject, contestants, results, name, draws=draws, seed=seed) for name in names]
+
+
+def refuse_classifier(adapter: Adapter) -> None:
+    """Raise ModelError for an adapter that no task can be asked of, before its base model is loaded for nothing."""
+    if adapter.config.get("task_type") == "SEQ_CLS":
+        raise ModelError(f"{adapter.source}: lm-eval's tasks are for language models; this is a classifier")
 
 
 @dataclass(frozen=True)

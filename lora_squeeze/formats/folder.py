@@ -13,7 +13,7 @@ from lora_squeeze.errors import OutputError
 from lora_squeeze.formats.beside import beside
 from lora_squeeze.peft_names import CONFIG
 
-__all__ = ["belongs_to_training", "check_output", "new_file", "new_folder"]
+__all__ = ["belongs_to_training", "check_folder_of", "check_output", "new_file", "new_folder"]
 
 SUFFIX = ".safetensors"
 
@@ -57,9 +57,19 @@ def check_output(output: Path, *, source: Path | None, overwrite: bool, single_f
             _check_folder(output)
         if _is_something(output) and not overwrite:
             raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
+        check_folder_of(output)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a circle of links; ValueError: a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise OutputError(f"{output!s:.200}: cannot be used as output: {reason}") from error
+
+
+def check_folder_of(output: Path) -> None:
+    """Refuse an output in whose folder nothing can be made; a folder that is missing will be. Raises OutputError."""
+    folder = next(one for one in output.resolve().parents if one.exists())
+    if not folder.is_dir():
+        raise OutputError(f"{output}: cannot be written: {folder} is no folder; choose another output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: cannot be written: nothing may be made in {folder}; choose another output")
 
 
 def _check_file(output: Path) -> None:

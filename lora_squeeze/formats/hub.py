@@ -23,7 +23,7 @@ from lora_squeeze.peft_names import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["HubPath", "Listing", "choose_files", "fetch_from_hub", "hub_errors", "parse_hub_path"]
+__all__ = ["HubPath", "Listing", "choose_files", "commit_of", "fetch_from_hub", "hub_errors", "parse_hub_path"]
 
 _WEIGHTS = (WEIGHTS, PICKLED_WEIGHTS)
 SINGLE = ".safetensors"
@@ -106,6 +106,11 @@ def fetch_from_hub(place: HubPath, *, on_download: OnDownload | None = None) -> 
         files=frozenset(_names_in(folder, chosen)),
         notes=tuple(note for note in (listing.note, *notes) if note),
     )
+
+
+def commit_of(place: HubPath) -> str:
+    """The commit that an address means now; without a connection, that of the cached copy. Raises FetchError."""
+    return _listing(place).commit
 
 
 def choose_files(place: HubPath, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
