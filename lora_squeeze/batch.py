@@ -20,6 +20,7 @@ from lora_squeeze.errors import OutputError, SettingsError
 from lora_squeeze.executors import Resources, execute, pool_of
 from lora_squeeze.formats import FORMATS, open_adapter
 from lora_squeeze.formats.folder import new_file
+from lora_squeeze.peft_names import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lora_squeeze.settings import Settings, SqueezeSettings
 from lora_squeeze.squeezing import squeeze_as_set
 from lora_squeeze.training.folder import only_one
@@ -28,7 +29,6 @@ from lora_squeeze.worker import Job, Outcome
 __all__ = ["BatchRecord", "named", "read_batch", "squeeze_batch", "squeeze_job"]
 
 RECORDS = "batch.json"
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _FILE = ".safetensors"
 SCHEMA = 1
 
@@ -211,7 +211,7 @@ def _inside(folder: Path) -> list[str]:
 def _is_adapter(path: Path) -> bool:
     """By its looks alone: whether it is sound shows when it is squeezed."""
     if path.is_dir():
-        return any((path / name).exists() for name in _PEFT_FILES)
+        return any((path / name).exists() for name in (CONFIG, WEIGHTS, PICKLED_WEIGHTS))
     return path.name.endswith(".safetensors")
 
 

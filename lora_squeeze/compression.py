@@ -13,6 +13,7 @@ from lora_squeeze.decomposition import Decomposition, borrow_together, naming, s
 from lora_squeeze.errors import RankError
 from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES, dtype_spelling
+from lora_squeeze.peft_names import PREFIX
 from lora_squeeze.policies import Cost
 from lora_squeeze.provenance import ENTRY, stated
 from lora_squeeze.records import Ranks, SqueezedLayer, error_over_all
@@ -233,7 +234,7 @@ def _check_plan(adapter: Adapter, ranks: Ranks) -> None:
 
 
 def _module_of(key: str) -> str:
-    return key.rpartition(".lora_")[0].removeprefix("base_model.model.")
+    return key.rpartition(".lora_")[0].removeprefix(PREFIX)
 
 
 def _shared_scale(adapter: Adapter) -> float:

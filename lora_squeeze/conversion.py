@@ -24,11 +24,11 @@ from lora_squeeze.formats.diffusers import CONFIG_KEY, component_of
 from lora_squeeze.formats.dora import KEPT_NOTE, magnitude_module
 from lora_squeeze.formats.kohya import PARTS
 from lora_squeeze.formats.tensors import DTYPES
+from lora_squeeze.peft_names import PREFIX
 from lora_squeeze.provenance import ENTRY, stated
 
 __all__ = ["convert"]
 
-_PEFT_PREFIX = "base_model.model."
 _BIAS = ".lora_B.bias"
 
 # What the words of kohya's names are, longest first: "to_out" is one word, "attn1_to" are two.
@@ -208,8 +208,8 @@ def _renamed_spec(spec: LayerSpec, name: str) -> LayerSpec:
 def _carried(tensor: PassThrough, adapter: Adapter, names: Mapping[str, str], to: str) -> PassThrough:
     """A layer's own tensor under its name in the other format. Raises UnsupportedAdapter for all other tensors."""
     module = magnitude_module(tensor.key)
-    layer = (module or tensor.key.removesuffix(_BIAS)).removeprefix(_PEFT_PREFIX)
-    prefix = _PEFT_PREFIX if to == "peft" else ""
+    layer = (module or tensor.key.removesuffix(_BIAS)).removeprefix(PREFIX)
+    prefix = PREFIX if to == "peft" else ""
     if layer in names and module:
         shape = _magnitude_shape(tensor, adapter, adapter.layers[layer], to)
         suffix = ".dora_scale" if to == "kohya" else ".lora_magnitude_vector"

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from lora_squeeze.errors import AdapterError, ModelError
 from lora_squeeze.extras import require
+from lora_squeeze.peft_names import CONFIG
 from lora_squeeze.seeing import Seeing, seeing_of
 
 __all__ = [
@@ -69,7 +70,6 @@ def plain_template(image_token: str = "") -> str:
 
 PLAIN_TEMPLATE = plain_template()
 
-_CONFIG = "adapter_config.json"
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -284,8 +284,8 @@ def _linear_names(model: Any, part: str) -> list[str]:
 def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str = "default") -> Any:
     """Load a saved adapter onto its base model, and return the PeftModel. Raises AdapterError."""
     peft = require("peft", "train")
-    if Path(path).exists() and not (Path(path) / _CONFIG).exists():
-        raise AdapterError(f"{path}: holds no {_CONFIG}; only PEFT adapters can be loaded onto a model")
+    if Path(path).exists() and not (Path(path) / CONFIG).exists():
+        raise AdapterError(f"{path}: holds no {CONFIG}; only PEFT adapters can be loaded onto a model")
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -318,11 +318,11 @@ def task_of(model: Any) -> Task:
 
 def base_of(path: str) -> tuple[str, Task]:
     """The base model that an adapter names, and what it is for. Raises AdapterError if it names none."""
-    file = Path(path) / _CONFIG
+    file = Path(path) / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise AdapterError(f"{path}: holds no {_CONFIG}; only PEFT adapters can be loaded onto a model") from error
+        raise AdapterError(f"{path}: holds no {CONFIG}; only PEFT adapters can be loaded onto a model") from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file}: cannot be read: {error}") from error
     if not config.get("base_model_name_or_path"):

@@ -12,13 +12,13 @@ from typing import Any
 
 from lora_squeeze.errors import FetchError, OutputError, SettingsError
 from lora_squeeze.formats.hub import HubPath, hub_errors, parse_hub_path
+from lora_squeeze.peft_names import CONFIG
 from lora_squeeze.records import Compression
 from lora_squeeze.report.card import model_card
 
 __all__ = ["check_push", "push"]
 
 CARD = "README.md"
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)

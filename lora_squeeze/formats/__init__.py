@@ -17,10 +17,11 @@ from lora_squeeze.formats.folder import check_output, new_file, new_folder
 from lora_squeeze.formats.hub import fetch_from_hub, parse_hub_path
 from lora_squeeze.formats.kohya import is_kohya, kohya_size, open_kohya, write_kohya
 from lora_squeeze.formats.peft import open_peft, peft_size, sniff_peft, write_peft
-from lora_squeeze.formats.peft_config import CONFIG, WEIGHTS, config_for
+from lora_squeeze.formats.peft_config import config_for
 from lora_squeeze.formats.remote import Fetched, OnDownload
 from lora_squeeze.formats.tensors import SafetensorsFile, read_safetensors
 from lora_squeeze.formats.tinker import fetch_from_tinker, is_tinker_path
+from lora_squeeze.peft_names import CONFIG, WEIGHTS
 
 __all__ = [
     "FORMATS",
@@ -150,7 +151,7 @@ def _open_local(location: Path) -> Adapter:
             return one.open(location)
     raise AdapterError(
         f"{location}: no adapter found here: its tensors are named neither as kohya's tools nor as diffusers name "
-        "them, and a PEFT adapter is a folder with adapter_config.json"
+        f"them, and a PEFT adapter is a folder with {CONFIG}"
     )
 
 
@@ -167,7 +168,7 @@ def _only_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise AdapterError(
-            f"{folder}: no adapter found here; a PEFT adapter is a folder with adapter_config.json, kohya's and "
+            f"{folder}: no adapter found here; a PEFT adapter is a folder with {CONFIG}, kohya's and "
             "diffusers' are .safetensors files"
         )
     if len(files) > 1:

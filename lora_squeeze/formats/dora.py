@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from lora_squeeze.adapter import Adapter, PassThrough
+from lora_squeeze.peft_names import PREFIX
 
 __all__ = ["FITTED_NOTE", "KEPT_NOTE", "dora_note", "magnitude_module", "magnitudes_of"]
 
@@ -28,7 +29,7 @@ def magnitude_module(key: str) -> str:
 def magnitudes_of(adapter: Adapter) -> dict[str, PassThrough]:
     """Layer → the tensor of its magnitudes, for the layers that have them."""
     modules = {magnitude_module(tensor.key): tensor for tensor in adapter.pass_through}
-    found = {name: modules.get(name) or modules.get(f"base_model.model.{name}") for name in adapter.layers}
+    found = {name: modules.get(name) or modules.get(f"{PREFIX}{name}") for name in adapter.layers}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

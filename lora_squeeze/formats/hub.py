@@ -18,14 +18,14 @@ from urllib.parse import unquote
 from lora_squeeze.errors import FetchError
 from lora_squeeze.formats.folder import belongs_to_training
 from lora_squeeze.formats.remote import Fetched, OnDownload, check_room, download_limit
+from lora_squeeze.peft_names import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 __all__ = ["HubPath", "Listing", "choose_files", "fetch_from_hub", "hub_errors", "parse_hub_path"]
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (WEIGHTS, PICKLED_WEIGHTS)
 SINGLE = ".safetensors"
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
@@ -118,7 +118,7 @@ def choose_files(place: HubPath, sizes: Mapping[str, int]) -> tuple[list[str], l
     """
     if place.path in sizes:
         name = place.path.rpartition("/")[2]
-        if name == CONFIG or name in WEIGHTS:
+        if name == CONFIG or name in _WEIGHTS:
             return choose_files(replace(place, path=_folder_of([place.path])), sizes)
         if name.endswith(SINGLE):
             return [place.path], []
@@ -128,7 +128,7 @@ def choose_files(place: HubPath, sizes: Mapping[str, int]) -> tuple[list[str], l
         raise FetchError(f"{place}: there is no such file or folder in this repository{_elsewhere(place, sizes)}")
     prefix = f"{place.path}/" if place.path else ""
     if CONFIG in inside:
-        weights = [name for name in WEIGHTS if name in inside][:1]
+        weights = [name for name in _WEIGHTS if name in inside][:1]
         companions, left = _companions(inside, {name: sizes[prefix + name] for name in inside})
         return [prefix + name for name in (CONFIG, *weights, *companions)], left
     return [prefix + _single(place, inside, sizes)], []
@@ -151,12 +151,12 @@ def _single(place: HubPath, inside: list[str], sizes: Mapping[str, int]) -> str:
 
 def _companions(inside: list[str], sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
     """The small files that go with an adapter, and a note of what was left on the Hub."""
-    nested = {_folder_of([name]) for name in inside if "/" in name and name.rpartition("/")[2] in (CONFIG, *WEIGHTS)}
+    nested = {_folder_of([name]) for name in inside if "/" in name and name.rpartition("/")[2] in (CONFIG, *_WEIGHTS)}
     taken: list[str] = []
     left: list[str] = []
     for name in inside:
         top, _, rest = name.partition("/")
-        if name in (CONFIG, *WEIGHTS) or belongs_to_training(top) or any(name.startswith(f"{one}/") for one in nested):
+        if name in (CONFIG, *_WEIGHTS) or belongs_to_training(top) or any(name.startswith(f"{one}/") for one in nested):
             continue
         large = sizes[name] > _LARGEST_COMPANION
         (left if large or _OTHER_WEIGHTS.fullmatch(rest.rpartition("/")[2] or top) else taken).append(name)

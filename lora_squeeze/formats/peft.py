@@ -13,16 +13,15 @@ from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats.dora import dora_note
 from lora_squeeze.formats.folder import belongs_to_training
 from lora_squeeze.formats.peft_adalora import adalora_places, as_lora_config, pruned_away
-from lora_squeeze.formats.peft_config import CONFIG, WEIGHTS, Rules, config_for, read_config
+from lora_squeeze.formats.peft_config import Rules, config_for, read_config
 from lora_squeeze.formats.peft_keys import Keys, sort_keys
 from lora_squeeze.formats.peft_layout import layer_blocks, places, readers
 from lora_squeeze.formats.pickled import PickledFile
 from lora_squeeze.formats.tensors import SafetensorsFile, TensorSpec, read_safetensors
 from lora_squeeze.formats.writing import Block, safetensors_size, write_safetensors
+from lora_squeeze.peft_names import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 
 __all__ = ["open_peft", "peft_size", "sniff_peft", "write_peft"]
-
-PICKLED_WEIGHTS = "adapter_model.bin"
 
 
 def sniff_peft(path: Path) -> bool:

@@ -19,10 +19,9 @@ from lora_squeeze.adapter import Adapter, whole
 from lora_squeeze.documents import parse_json, read_text
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 from lora_squeeze.formats.peft_patterns import MANY, BadPattern, FirstMatch, endings, expression_of, patterns_for
+from lora_squeeze.peft_names import CONFIG, WEIGHTS
 
 __all__ = [
-    "CONFIG",
-    "WEIGHTS",
     "Rules",
     "alpha_of",
     "config_for",
@@ -30,9 +29,6 @@ __all__ = [
     "read_config",
     "refuse_what_is_not_plain_lora",
 ]
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 # Initialisations that change the base weights: the update is relative to a base nobody has.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

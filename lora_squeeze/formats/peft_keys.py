@@ -10,10 +10,9 @@ from typing import Any
 
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 from lora_squeeze.formats.tensors import TensorSpec
+from lora_squeeze.peft_names import PREFIX
 
-__all__ = ["PREFIX", "Keys", "Pair", "sort_keys"]
-
-PREFIX = "base_model.model."
+__all__ = ["Keys", "Pair", "sort_keys"]
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<factor>A|B)(\.(?P<adapter>[^.]+))?\.weight"

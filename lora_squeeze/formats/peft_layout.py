@@ -27,11 +27,12 @@ import torch
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
 from lora_squeeze.errors import AdapterError, UnsupportedAdapter
 from lora_squeeze.formats.peft_config import Rules
-from lora_squeeze.formats.peft_keys import PREFIX, Keys, Pair
+from lora_squeeze.formats.peft_keys import Keys, Pair
 from lora_squeeze.formats.peft_patterns import targeted
 from lora_squeeze.formats.pickled import PickledFile
 from lora_squeeze.formats.tensors import DTYPES, SafetensorsFile, TensorSpec
 from lora_squeeze.formats.writing import Block
+from lora_squeeze.peft_names import PREFIX
 
 __all__ = ["Place", "layer_blocks", "places", "readers"]
 

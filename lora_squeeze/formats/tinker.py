@@ -31,11 +31,10 @@ from lora_squeeze.formats.fetched import known_copy, store_copy
 from lora_squeeze.formats.remote import Fetched, OnDownload, cache_folder, download_limit, safe_name
 from lora_squeeze.formats.tensors import read_safetensors
 from lora_squeeze.formats.unpacking import unpack
+from lora_squeeze.peft_names import CONFIG, WEIGHTS
 
 __all__ = ["TinkerPath", "fetch_from_tinker", "is_tinker_path", "parse_tinker_path"]
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 SERVICE = "https://tinker.thinkingmachines.dev/services/tinker-prod"  # the SDK's own default
 SAMPLER, TRAINING, EXTERNAL = "sampler_weights", "weights", "external_weights"
 
