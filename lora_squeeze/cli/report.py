@@ -16,6 +16,7 @@ from lora_squeeze.cli.options import (
     compute_options,
     dtype_option,
     rank_options,
+    refuse_stray_max_lora_rank,
     runtime_options,
     spelled,
 )
@@ -24,6 +25,7 @@ from lora_squeeze.cli.plots import check_plots, write_plots
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.errors import OutputError, RankError
 from lora_squeeze.measurements import Curve
+from lora_squeeze.spelling import spell
 
 if TYPE_CHECKING:
     from lora_squeeze.campaign.overview import Overview
@@ -74,8 +76,7 @@ def report_command(
     from lora_squeeze.policies import POLICIES
     from lora_squeeze.verbs import explore_adapter
 
-    if max_lora_rank is not None and runtime in ("", "peft"):
-        raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+    refuse_stray_max_lora_rank(max_lora_rank, runtime)
     options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank, calibration=calibration)
     if output is not None:
         _check_page(output, overwrite=overwrite)
@@ -166,7 +167,7 @@ def _from_record(path: Path, rank_options: RankOptions, options: tuple[str, ...]
     from lora_squeeze.records import Analysis
 
     analysis = _read_record(path, Analysis.from_json, "an adapter or what analyze --json printed")
-    policies = rank_options.policies or (f"variance={analysis.min_variance_retention:g}",)
+    policies = rank_options.policies or (f"variance={spell(analysis.min_variance_retention)}",)
     with progress("Trying policies", len(POLICIES)) as advance:
         return explore_analysis(
             analysis, policies, by=rank_options.by, limits=rank_options.limits, options=options, on_policy=advance
