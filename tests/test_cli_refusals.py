@@ -225,7 +225,7 @@ def test_explain_tells_the_policy_and_does_nothing(tmp_path, adapter):
     file = write_toml(tmp_path, adapter, text)
     before = snapshot(tmp_path)
     said = prints("run", file, "--explain")
-    assert re.search(r"compress_to\s+size=8KB", said)
+    assert re.search(r"policy\s+size=8KB", said)
     assert re.search(r"runtime\s+vllm", said)
     assert snapshot(tmp_path) == before
 
