@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Adapter", "LayerSpec", "LoraLayer", "PassThrough", "whole"]
+__all__ = ["Adapter", "Deviation", "LayerSpec", "LoraLayer", "PassThrough", "whole"]
+
+# In what a file may differ from what is written in its place, so that a program may stumble over the file itself:
+# AdaLoRA's factors; keys without PEFT's prefix, or with an adapter's name in them; a configuration without its
+# peft_type, or one that asks for an initialisation that its ranks do not allow; convolutions of three factors.
+Deviation: TypeAlias = Literal["adalora", "bare keys", "named keys", "no peft_type", "odd orthogonal", "cp form"]
 
 
 def _nothing(*_: object) -> None:
@@ -123,6 +128,9 @@ class Adapter:
         what is read for them.
     left_out
         modules that a policy gave rank 0: they are adapted no more.
+    deviations
+        what was put right when it was read (or will be when it is written) → how the file has it. Layers
+        and configuration are as if the file had been in order; who judges the file itself looks here.
     notes
         what the user should know about this adapter.
     single_file
@@ -146,6 +154,7 @@ class Adapter:
     sha256: Callable[[], str] = field(default=str, repr=False)
     hash_along: Callable[[], None] = field(default=_nothing, repr=False)
     left_out: tuple[str, ...] = ()
+    deviations: Mapping[Deviation, str] = field(default_factory=dict[Deviation, str])
     notes: tuple[str, ...] = ()
     single_file: bool = False
     origin: str = ""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from lora_squeeze.errors import RankError
 from lora_squeeze.policies import By, candidate_ranks, retention_curve, variance
 from lora_squeeze.records import Analysis, Spectrum
+from lora_squeeze.spelling import percent
 
 __all__ = ["analyze"]
 
@@ -65,12 +66,12 @@ def _own_notes(
     by_energy = next((rank for rank, share in weighted.items() if share >= keep), max(weighted))
     if by_energy != recommended:
         notes.append(
-            f"weighted by energy, rank {by_energy} is enough for {100 * keep:g}%: the {by} over layers and the energy "
+            f"weighted by energy, rank {by_energy} is enough for {percent(keep)}: the {by} over layers and the energy "
             "disagree because layers of little energy count as much there as those that do the work"
             if by_energy < recommended
-            else f"weighted by energy, only rank {by_energy} retains {100 * keep:g}%: the layers that do the work "
+            else f"weighted by energy, only rank {by_energy} retains {percent(keep)}: the layers that do the work "
             f"need more than the {by} over layers says"
         )
     if recommended not in weighted:
-        notes.append(f"no candidate retains {100 * keep:g}%: the recommendation is the source rank")
+        notes.append(f"no candidate retains {percent(keep)}: the recommendation is the source rank")
     return notes

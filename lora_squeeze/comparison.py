@@ -11,6 +11,7 @@ from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import POLICIES, Cost, fixed, params, size
 from lora_squeeze.records import Outcome, Ranks, Spectrum
+from lora_squeeze.spelling import spell
 
 __all__ = ["ENDS", "compare_policies", "outcome_of", "policies_at"]
 
@@ -49,7 +50,7 @@ def policies_at(spectra: Sequence[Spectrum], fraction: float, *, cost: Cost, lim
     Raises RankError for a fraction not above 0 and up to 1.
     """
     if not 0 < fraction <= 1:
-        raise RankError(f"a fraction of {fraction:g} of the parameters is not possible: above 0 and up to 1")
+        raise RankError(f"a fraction of {spell(fraction)} of the parameters is not possible: above 0 and up to 1")
     every_rank = range(1, max(s.rank for s in spectra) + 1)
     budget = math.floor(fraction * sum(s.rank * s.component_size for s in spectra))
     fixed_plans = (fixed(spectra, rank, limits=limits) for rank in every_rank)

@@ -81,6 +81,7 @@ def convert(adapter: Adapter, to: str) -> Adapter:
         files={},
         metadata={**converted.metadata, ENTRY: made.to_json()},
         late_metadata=late_metadata,
+        deviations={},
         notes=(*(note for note in converted.notes if note != KEPT_NOTE), *notes),  # nothing is squeezed here
     )
 

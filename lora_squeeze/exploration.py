@@ -25,6 +25,7 @@ from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import POLICIES, By, Cost, parse_policy
 from lora_squeeze.records import Analysis, Outcome, Ranks, Verdict
+from lora_squeeze.spelling import spell
 from lora_squeeze.summary import Summary
 
 __all__ = ["BUDGETS", "RETENTIONS", "Exploration", "Setting", "explore", "explore_analysis"]
@@ -291,7 +292,7 @@ class _Grid:
         plans: dict[float, Ranks] = {}
 
         def look(value: float) -> bool:
-            plan = self.plan_at(spelling := f"{policy}={_spell(value)}")
+            plan = self.plan_at(spelling := f"{policy}={spell(value)}")
             if plan is not None:
                 found[spelling] = plans[value] = plan
             return plan is not None
@@ -367,10 +368,6 @@ def _round(value: float, digits: int) -> float:
     return float(f"{value:.{digits - 1}e}")
 
 
-def _spell(value: float) -> str:
-    return f"{value:.12g}"
-
-
 def _bytes(count: float) -> str:
     unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if count >= unit)
-    return f"{count / unit:.12g}{name}"
+    return f"{spell(count / unit)}{name}"

@@ -21,6 +21,7 @@ from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Group, Limits, Ranked, groups
 from lora_squeeze.records import Ranks, Spectrum
 from lora_squeeze.sizes import read_size
+from lora_squeeze.spelling import spell
 
 __all__ = [
     "POLICIES",
@@ -83,13 +84,13 @@ def variance(
             break
     else:
         rank = source_rank
-    return _limited(f"variance={_spell(keep)}", spectra, [min(rank, s.rank) for s in spectra], limits)
+    return _limited(f"variance={spell(keep)}", spectra, [min(rank, s.rank) for s in spectra], limits)
 
 
 def energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer the smallest k with Σ_{i≤k} σ² ≥ keep · Σ σ² (PEFT's fractional rank, kohya's sv_fro)."""
     _check_fraction("energy", keep)
-    return _per_layer(f"energy={_spell(keep)}", spectra, lambda s: _first_reaching(s.cumulative_energy, keep), limits)
+    return _per_layer(f"energy={spell(keep)}", spectra, lambda s: _first_reaching(s.cumulative_energy, keep), limits)
 
 
 def cumulative(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -99,32 +100,32 @@ def cumulative(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO_
     def rank(spectrum: Spectrum) -> int:
         return _first_reaching(tuple(accumulate(spectrum.singular_values, initial=0.0)), keep)
 
-    return _per_layer(f"cumulative={_spell(keep)}", spectra, rank, limits)
+    return _per_layer(f"cumulative={spell(keep)}", spectra, rank, limits)
 
 
 def sigma_ratio(spectra: Sequence[Spectrum], ratio: float, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer the components with σ_i ≥ σ_1 / ratio (kohya's sv_ratio). `ratio` is at least 1."""
     if not ratio >= 1:
-        raise RankError(f"sigma-ratio={_spell(ratio)} is not possible: it is σ_1/σ_k, at least 1")
+        raise RankError(f"sigma-ratio={spell(ratio)} is not possible: it is σ_1/σ_k, at least 1")
 
     def rank(spectrum: Spectrum) -> int:
         return sum(value * ratio >= spectrum.singular_values[0] for value in spectrum.singular_values)
 
-    return _per_layer(f"sigma-ratio={_spell(ratio)}", spectra, rank, limits)
+    return _per_layer(f"sigma-ratio={spell(ratio)}", spectra, rank, limits)
 
 
 def stable_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer ⌈times · ‖ΔW‖_F² / σ_1²⌉: the stable rank (Rudelson & Vershynin, 2007)."""
     _check_positive("stable-rank", times)
     return _per_layer(
-        f"stable-rank={_spell(times)}", spectra, lambda s: _ceil(times * s.energy / s.singular_values[0] ** 2), limits
+        f"stable-rank={spell(times)}", spectra, lambda s: _ceil(times * s.energy / s.singular_values[0] ** 2), limits
     )
 
 
 def effective_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer ⌈times · exp(H(p))⌉, p = σ/Σσ, H the entropy: the effective rank (Roy & Vetterli, 2007)."""
     _check_positive("effective-rank", times)
-    return _per_layer(f"effective-rank={_spell(times)}", spectra, lambda s: _ceil(times * s.effective_rank), limits)
+    return _per_layer(f"effective-rank={spell(times)}", spectra, lambda s: _ceil(times * s.effective_rank), limits)
 
 
 def optimal_threshold(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -140,7 +141,7 @@ def optimal_threshold(spectra: Sequence[Spectrum], times: float = 1.0, *, limits
         threshold = times * 2.858 * median(spectrum.singular_values)
         return sum(value > threshold for value in spectrum.singular_values)
 
-    return _per_layer(f"optimal-threshold={_spell(times)}", spectra, rank, limits)
+    return _per_layer(f"optimal-threshold={spell(times)}", spectra, rank, limits)
 
 
 def knee(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -152,7 +153,7 @@ def knee(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO
         rises = [total / sums[-1] - k / count for k, total in enumerate(sums)]
         return _ceil(times * rises.index(max(rises)))
 
-    return _per_layer(f"knee={_spell(times)}", spectra, rank, limits)
+    return _per_layer(f"knee={spell(times)}", spectra, rank, limits)
 
 
 def para_rank(spectra: Sequence[Spectrum], fraction: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -166,7 +167,7 @@ def para_rank(spectra: Sequence[Spectrum], fraction: float, *, limits: Limits = 
     count = _ceil(fraction * sum(s.rank for s in spectra))
     ranks = most_energy(spectra, found, _one, count)
     return _planned(
-        f"para-rank={_spell(fraction)}", spectra, found, ranks if any(ranks) else smallest(spectra, found, _one)
+        f"para-rank={spell(fraction)}", spectra, found, ranks if any(ranks) else smallest(spectra, found, _one)
     )
 
 
@@ -178,7 +179,7 @@ def para_energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO
     _check_fraction("para-energy", keep)
     found = groups(spectra, limits)
     target = keep * sum(s.energy for s in spectra)
-    return _planned(f"para-energy={_spell(keep)}", spectra, found, cheapest_for_energy(spectra, found, target))
+    return _planned(f"para-energy={spell(keep)}", spectra, found, cheapest_for_energy(spectra, found, target))
 
 
 def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LIMITS) -> Ranks:
@@ -200,9 +201,9 @@ def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LI
     floor = smallest(spectra, found, cost)
     least = sum(price_of(spectra, group, rank, cost) for rank, group in zip(floor, found, strict=True))
     if allowed < least:
-        raise RankError(f"params={_spell(budget)} is not possible: the smallest ranks allowed have {least} parameters")
+        raise RankError(f"params={spell(budget)} is not possible: the smallest ranks allowed have {least} parameters")
     ranks = most_energy(spectra, found, cost, allowed)
-    return _planned(f"params={_spell(budget)}", spectra, found, ranks if any(ranks) else floor)
+    return _planned(f"params={spell(budget)}", spectra, found, ranks if any(ranks) else floor)
 
 
 @dataclass(frozen=True)
@@ -356,19 +357,15 @@ def _ceil(value: float) -> int:
     return math.ceil(value * (1 - 1e-9))
 
 
-def _spell(value: float) -> str:
-    return f"{value:.12g}"
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
 def _check_fraction(policy: str, value: float) -> None:
     if not 0 < value <= 1:
-        raise RankError(f"{policy}={_spell(value)} is not possible: it is a fraction above 0 and up to 1")
+        raise RankError(f"{policy}={spell(value)} is not possible: it is a fraction above 0 and up to 1")
 
 
 def _check_positive(policy: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
-        raise RankError(f"{policy}={_spell(value)} is not possible: it is above 0")
+        raise RankError(f"{policy}={spell(value)} is not possible: it is above 0")

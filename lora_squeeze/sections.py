@@ -18,7 +18,17 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from lora_squeeze.documents import parse_toml, read_text
 from lora_squeeze.errors import SettingsError
 
-__all__ = ["ONE_WILL_DO", "build", "choice", "document_of", "keys_of", "read_toml", "suggestion", "to_toml"]
+__all__ = [
+    "ONE_WILL_DO",
+    "build",
+    "choice",
+    "document_of",
+    "keys_of",
+    "read_toml",
+    "suggestion",
+    "to_toml",
+    "toml_value",
+]
 
 Section = TypeVar("Section")
 
@@ -71,11 +81,13 @@ def document_of(settings: Any) -> dict[str, Any]:
 
 def to_toml(document: Mapping[str, Any]) -> str:
     """Sections of keys as TOML; `read_toml` reads them back."""
-    plain = [f"{_key(key)} = {_toml(value)}\n" for key, value in document.items() if not isinstance(value, Mapping)]
+    plain = [
+        f"{_key(key)} = {toml_value(value)}\n" for key, value in document.items() if not isinstance(value, Mapping)
+    ]
     blocks = ["".join(plain)] if plain else []
     for name, section in document.items():
         if isinstance(section, Mapping):
-            lines = "".join(f"{_key(key)} = {_toml(value)}\n" for key, value in section.items())
+            lines = "".join(f"{_key(key)} = {toml_value(value)}\n" for key, value in section.items())
             blocks.append(f"[{_key(name)}]\n{lines}")
     return "\n".join(blocks)
 
@@ -86,18 +98,19 @@ def suggestion(key: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML spells it."""
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {_toml(one)}" for key, one in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(key)} = {toml_value(one)}" for key, one in value.items()) + " }"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def _homes(file: type[Any]) -> dict[str, list[str]]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer
+from lora_squeeze.adapter import Adapter, Deviation, LayerSpec, LoraLayer
 from lora_squeeze.errors import RankError, UnsupportedAdapter
+from lora_squeeze.formats.dora import magnitudes_of
 from lora_squeeze.limits import Limits
 
 __all__ = [
@@ -76,6 +77,8 @@ class Runtime:
         what it reads.
     mixed_alphas
         whether the modules of a kohya file may differ in alpha.
+    stumbles
+        in what a file may differ from what is written here → what the runtime makes of it.
     """
 
     name: str
@@ -91,7 +94,10 @@ class Runtime:
     max_ranks: tuple[int, ...] = ()
     refuses: dict[str, str] = field(default_factory=dict[str, str])
     only_pairs: bool = False
+    stumbles: dict[Deviation, str] = field(default_factory=dict[Deviation, str])
 
+
+_OTHER_KEYS = "keys that do not end in lora_A.weight or lora_B.weight are refused there"
 
 _NO_DORA = "DoRA's magnitudes are not supported there; merge the adapter into the base model instead"
 _NO_FULL_MODULES = "fully trained modules are not loaded there; serve them as part of the base model"
@@ -108,11 +114,21 @@ _ANY = Runtime(name="", source="", formats=("peft", "kohya", "diffusers"))
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
     for runtime in (
-        Runtime(name="peft", source="peft/tuners/lora/model.py and peft/utils/other.py:get_pattern_key"),
+        Runtime(
+            name="peft",
+            source="peft/tuners/lora/model.py, peft/utils/other.py:get_pattern_key, peft/utils/save_and_load.py",
+            stumbles={
+                "bare keys": "such factors are not found, and stay at zero",
+                "named keys": "PEFT 0.18 leaves such factors at zero, and 0.21 finds them under that name alone",
+                "no peft_type": "without it, the configuration is refused there",
+                "odd orthogonal": "that initialisation is refused for odd ranks",
+            },
+        ),
         Runtime(
             name="vllm",
-            source="vllm/lora/peft_helper.py; up to about 0.26 rank_pattern and alpha_pattern are ignored, ranks "
-            "are taken from the tensors and one alpha / r is applied to all modules",
+            source="vllm/lora/peft_helper.py, vllm/lora/utils.py:parse_fine_tuned_lora_name; up to about 0.26 "
+            "rank_pattern and alpha_pattern are ignored, ranks are taken from the tensors and one alpha / r is applied "
+            "to all modules",
             mixed_scales=False,
             applies=_one_for_all,
             default_max_rank=16,
@@ -125,11 +141,12 @@ RUNTIMES: dict[str, Runtime] = {
                 "alora_invocation_tokens": "activated LoRA is not supported there",
             },
             only_pairs=True,
+            stumbles={"adalora": _OTHER_KEYS, "named keys": _OTHER_KEYS},
         ),
         Runtime(
             name="sglang",
-            source="python/sglang/srt/lora/lora_config.py: entries of rank_pattern and alpha_pattern that differ "
-            "from r and lora_alpha are rejected, buffers have r rows, use_rslora is not read",
+            source="python/sglang/srt/lora/lora.py, lora_config.py: entries of rank_pattern and alpha_pattern that "
+            "differ from r and lora_alpha are rejected, buffers have r rows, use_rslora is not read",
             mixed_ranks=False,
             mixed_scales=False,
             rslora=False,
@@ -144,6 +161,10 @@ RUNTIMES: dict[str, Runtime] = {
                 "alora_invocation_tokens": "activated LoRA is not supported there",
             },
             only_pairs=True,
+            stumbles={
+                "adalora": "no peft_type but LORA is loaded there",
+                "no peft_type": "without it, the adapter is not loaded there",
+            },
         ),
         Runtime(
             name="llamacpp",
@@ -160,14 +181,16 @@ RUNTIMES: dict[str, Runtime] = {
                 "target_parameters": "experts as parameters have no name there",
             },
             only_pairs=True,
+            stumbles={"adalora": _OTHER_KEYS, "named keys": _OTHER_KEYS},
         ),
         Runtime(
             name="diffusers",
             source="diffusers/loaders/lora_conversion_utils.py:_get_alpha_name, utils/peft_utils.py:get_peft_kwargs; "
             "in 0.42 the alphas of attention and text encoder modules of a kohya file are filed under names that match "
-            "no module, so they get the most common alpha",
+            "no module, so they get the most common alpha; dora_scale is dropped, other tensors than pairs are refused",
             formats=("diffusers", "kohya"),
             mixed_alphas=False,
+            stumbles={"cp form": "tensors other than lora_down, lora_up and alpha are refused there"},
         ),
         Runtime(
             name="comfyui",
@@ -195,6 +218,8 @@ def rules_of(runtime: str) -> Runtime:
 def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -> list[Problem]:
     """All reasons why this runtime would not load the adapter, or would apply another update.
 
+    adapter
+        one that was opened is judged as its file is; `formats.as_written` is what saving it makes of it.
     runtime
         "" is whatever reads the adapter's format.
     max_lora_rank
@@ -210,9 +235,12 @@ def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -
         for name, why in rules.refuses.items()
         if adapter.config.get(name)
     ]
+    put_right = f"squeezing writes it in the plain form, and so does lora-squeeze convert --to {adapter.format}"
+    stumbles: list[Deviation] = [kind for kind in adapter.deviations if kind in rules.stumbles]
     if rules.only_pairs and adapter.pass_through and not problems:
         key = adapter.pass_through[0].key
         problems.append(Problem(f"tensor '{key}' is no lora_A or lora_B", "squeezing cannot change that"))
+    problems += [Problem(f"{adapter.deviations[kind]}: {rules.stumbles[kind]}", put_right) for kind in stumbles]
     cap = rank_cap(runtime, max_lora_rank)
     if cap is not None and adapter.rank > cap:
         problems.append(
@@ -223,10 +251,14 @@ def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -
         )
     what_to_do = f"squeeze with --for {runtime}"
     if adapter.format == "peft":
-        return problems + _misread(adapter, rules, what_to_do)
+        # The configuration is by then that of a LoRA, which AdaLoRA's own is not.
+        return problems if "adalora" in stumbles else problems + _misread(adapter, rules, what_to_do)
     alphas = {round(spec.scale * spec.rank, 6) for spec in adapter.layers.values()}
     if needs_one_alpha(adapter, runtime) and len(alphas) > 1:
         problems.append(Problem("modules differ in alpha, and the alphas of attention modules are misread", what_to_do))
+    if runtime == "diffusers" and adapter.format == "kohya" and magnitudes_of(adapter):
+        what = "it is DoRA, and the dora_scale of a kohya file is dropped"
+        problems.append(Problem(what, "convert it with lora-squeeze convert --to diffusers"))
     if runtime == "comfyui" and adapter.format == "diffusers":
         unread = [spec.name for spec in adapter.layers.values() if spec.scale != 1 and not spec.alpha_dtype]
         if unread:

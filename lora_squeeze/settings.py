@@ -13,7 +13,15 @@ from lora_squeeze.errors import SettingsError
 from lora_squeeze.limits import Limits
 from lora_squeeze.sections import build, choice, read_toml
 
-__all__ = ["CHOICES", "ModelSettings", "Settings", "SqueezeSettings", "read_settings"]
+__all__ = [
+    "CHOICES",
+    "ModelSettings",
+    "Settings",
+    "SqueezeSettings",
+    "check_squeeze",
+    "is_stray_max_lora_rank",
+    "read_settings",
+]
 
 CHOICES = {
     "by": ("mean", "worst"),
@@ -95,6 +103,20 @@ def read_settings(path: Path) -> Settings:
     settings = build(Settings, read_toml(path), path)
     if not settings.squeeze.adapter_path:
         raise SettingsError(f"{path}: [squeeze] adapter_path is missing: which adapter shall be squeezed?")
-    if settings.squeeze.policy and settings.squeeze.compress_to:
-        raise SettingsError(f"{path}: [squeeze] policy and compress_to contradict each other: give one of them")
+    check_squeeze(settings.squeeze, path)
     return settings
+
+
+def check_squeeze(chosen: SqueezeSettings, file: Path | str) -> None:
+    """Refuse a `[squeeze]` that contradicts itself, wherever it stands. Raises SettingsError, naming file and keys."""
+    if chosen.policy and chosen.compress_to:
+        raise SettingsError(f"{file}: [squeeze] policy and compress_to contradict each other: give one of them")
+    if is_stray_max_lora_rank(chosen.max_lora_rank, chosen.runtime):
+        raise SettingsError(
+            f"{file}: [squeeze] max_lora_rank is what a server allows: say which with runtime, or use max_rank"
+        )
+
+
+def is_stray_max_lora_rank(max_lora_rank: int | None, runtime: str) -> bool:
+    """Whether a max_lora_rank is given, but no server that it could be of."""
+    return bool(max_lora_rank) and runtime in ("", "peft")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from adapters import (
@@ -18,13 +19,19 @@ class NotLoadedError(Exception):
     pass
 
 
-def factors(folder):
-    """Module name → lora_A and lora_B in float64; anything else in the file is refused."""
-    tensors = load_file(folder / WEIGHTS)
-    if other := [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
-        raise NotLoadedError(other[0])
-    names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
-    return {n: tuple(tensors[f"{PREFIX}{n}.lora_{factor}.weight"].double() for factor in "AB") for n in names}
+def factors(folder, infix=""):
+    """Module name → lora_A and lora_B in float64; anything else in the file is refused. The prefix may be missing.
+
+    infix
+        what may stand between lora_A and .weight.
+    """
+    found = {}
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        match = re.fullmatch(rf"(.+)\.lora_([AB]){infix}\.weight", key)
+        if match is None:
+            raise NotLoadedError(key)
+        found.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor.double()
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
 def as_vllm(folder, max_lora_rank=16):
@@ -42,11 +49,13 @@ def as_vllm(folder, max_lora_rank=16):
 def as_sglang(folder):
     """lora_config.py: entries that differ from r and lora_alpha are rejected; buffers of r rows; alpha / r."""
     config = read_config(folder)
+    if config.get("peft_type", "").lower() != "lora":
+        raise NotLoadedError("peft_type")
     differing = [rank for rank in config["rank_pattern"].values() if rank != config["r"]]
     differing += [alpha for alpha in config["alpha_pattern"].values() if alpha != config["lora_alpha"]]
     if differing or config.get("use_dora"):
         raise NotLoadedError(config)
-    pairs = factors(folder)
+    pairs = factors(folder, infix=r"(?:\.\w+)?")  # it looks for lora_A anywhere in a key
     if any(len(down) != config["r"] for down, _ in pairs.values()):
         raise NotLoadedError("shape")
     return {name: config["lora_alpha"] / config["r"] * up @ down for name, (down, up) in pairs.items()}

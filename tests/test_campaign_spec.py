@@ -55,6 +55,11 @@ def test_the_document_s_campaign_runs_as_it_is_written():
     assert (found.executor, found.workers) == ("inline", 1)
 
 
+def test_the_squeeze_of_a_campaign_may_not_contradict_itself():
+    with pytest.raises(SettingsError, match=r"^campaign\.toml: \[squeeze\] max_lora_rank is what a server allows"):
+        campaign(NAMED.replace("[squeeze]\n", "[squeeze]\nmax_lora_rank = 16\n"))
+
+
 def test_without_a_model_the_document_s_campaign_says_what_is_missing():
     with pytest.raises(SettingsError, match=r"campaign\.toml: .*\[model\] model is missing"):
         campaign(DOCUMENT)

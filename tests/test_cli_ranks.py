@@ -298,6 +298,11 @@ def test_limits_hold_however_the_rank_is_given(tmp_path, adapter, options, limit
     assert ranks(LLAMA, tmp_path / "out") == chosen(adapter, policy, limits=limits)
 
 
+def test_the_recorded_policy_has_every_digit_of_retain(tmp_path, adapter):
+    record = json.loads(prints("compress", adapter, tmp_path / "out", "--retain", "0.9999999", "--json"))
+    assert record["policy"] == "variance=0.9999999"
+
+
 def test_by_says_which_layers_must_retain_the_variance(adapter):
     worst = planned(adapter, "--policy", "variance=0.8", "--by", "worst")
     assert worst == chosen(adapter, "variance=0.8", by="worst")

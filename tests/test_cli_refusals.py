@@ -184,6 +184,8 @@ BAD_KEYS = {
     "an override that is a text": ("policy = 'energy=0.9'\nrank_for = {q_proj = '4'}", "q_proj"),
     "overrides in a list": ("policy = 'energy=0.9'\nrank_for = ['q_proj=4']", "rank_for"),
     "a group that is a text": ("policy = 'energy=0.9'\nequal = 'qkv'", "equal"),
+    "a server's rank without a server": ("max_lora_rank = 16", "max_lora_rank is what a server allows: say which"),
+    "a server's rank for PEFT": ("runtime = 'peft'\nmax_lora_rank = 16", "use max_rank"),
     "a misspelled key": ("policy = 'energy=0.9'\nmax_ranks = 4", "did you mean 'max_rank'"),
 }
 
@@ -199,12 +201,31 @@ def test_a_toml_file_that_makes_no_sense_writes_nothing(tmp_path, adapter, text,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("runtime", [(), ("--for", "peft")], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compress", "adapter", "out"],
+        ["merge", "adapter", "adapter", "out"],
+        ["plan", "adapter"],
+        ["report", "adapter"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_server_s_rank_needs_a_server(tmp_path, adapter, monkeypatch, command, runtime):
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    said = refuses(*command, "--max-lora-rank", 8, *runtime, code=2)
+    assert "--max-lora-rank is what a server allows" in said
+    assert snapshot(tmp_path) == before
+
+
 def test_explain_tells_the_policy_and_does_nothing(tmp_path, adapter):
     text = "policy = 'size=8KB'\nruntime = 'vllm'\nmax_rank = 4\nrank_for = {q_proj = 2}"
     file = write_toml(tmp_path, adapter, text)
     before = snapshot(tmp_path)
     said = prints("run", file, "--explain")
-    assert re.search(r"compress_to\s+size=8KB", said)
+    assert re.search(r"policy\s+size=8KB", said)
     assert re.search(r"runtime\s+vllm", said)
     assert snapshot(tmp_path) == before
 

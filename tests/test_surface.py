@@ -33,6 +33,8 @@ ORDER = [
     "version",
     "extras",
     "sizes",
+    "spelling",
+    "peft_names",
     "parallel",
     "scratch",
     "gram",
@@ -167,6 +169,7 @@ ORDER = [
     "report.pairs",
     "",  # the façade
     "cli.options",
+    "cli.explaining",
     "cli.output",
     "cli.files",
     "cli.plots",

@@ -43,6 +43,17 @@ def test_what_a_file_speaks_of_says_the_method(sections, method):
     assert settings(**sections).method == method
 
 
+@pytest.mark.parametrize(
+    ("squeeze", "message"),
+    [
+        ({"policy": "fixed=4", "compress_to": 4}, "policy and compress_to contradict each other"),
+        ({"max_lora_rank": 16}, "max_lora_rank is what a server allows"),
+    ],
+)
+def test_a_squeeze_after_training_may_not_contradict_itself_either(squeeze, message):
+    assert f"[squeeze] {message}" in refusal(squeeze=squeeze)
+
+
 def test_every_section_has_a_default_for_every_key():
     assert RunSettings() == build(RunSettings, {}, "run.toml")
     for section in fields(RunSettings):

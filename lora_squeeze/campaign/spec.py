@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from lora_squeeze.errors import SettingsError
 from lora_squeeze.sections import ONE_WILL_DO, build, choice, keys_of, read_toml, suggestion
+from lora_squeeze.settings import check_squeeze
 from lora_squeeze.training.settings import RunSettings, check
 
 __all__ = ["Campaign", "CampaignSettings", "PlannedRun", "campaign_of", "read_campaign"]
@@ -221,6 +222,8 @@ def _check(settings: CampaignSettings, common: RunSettings, file: Path | str) ->
         problems.append("summary_args needs a summary_script")
     if problems:
         raise SettingsError(f"{file}: [campaign] {problems[0]}")
+    if common.squeeze is not None:
+        check_squeeze(common.squeeze, file)
 
 
 def _check_distinct(runs: list[PlannedRun], file: Path | str) -> None:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_squeeze.campaign.spec import Campaign, read_campaign
+from lora_squeeze.cli.explaining import print_rows, set_rows, squeeze_rows
 from lora_squeeze.cli.output import print_table
 from lora_squeeze.cli.plots import check_plots, write_plots
+from lora_squeeze.sections import document_of
 
 if TYPE_CHECKING:
     from lora_squeeze.campaign.manifest import Manifest, RunEntry
@@ -135,18 +137,23 @@ def campaign_from_file(context: click.Context, file: Path, out: Path | None = No
 def _explain(file: Path, campaign: Campaign, out: Path | None) -> None:
     from lora_squeeze.report.campaign import plan_table
 
-    squeeze = campaign.common.squeeze
-    told: dict[str, Any] = {
-        "mode": "campaign",
-        "config": file,
-        "model": campaign.common.model.model,
-        "runs": len(campaign.runs),
-        "executor": f"{campaign.executor}, {campaign.workers} at a time",
-        "squeeze": f"{squeeze.min_variance_retention} of the variance, after the first run" if squeeze else "none",
-        "output": out or "logs/campaign_TIME",
-    }
-    for label, value in told.items():
-        click.echo(f"{label:<24}{value}")
+    common, squeeze = campaign.common, campaign.common.squeeze
+    print_rows(
+        [
+            ("mode", "campaign"),
+            ("config", file),
+            ("model", common.model.model),
+            ("runs", len(campaign.runs)),
+            ("executor", f"{campaign.executor}, {campaign.workers} at a time"),
+            ("output", out or Path(common.logging.log_dir or "logs", "campaign_TIME")),
+            *set_rows({"campaign": document_of(campaign.settings)}, told=["campaign.conditions"]),
+            *set_rows(document_of(common), told=["squeeze", "model.model"]),
+        ]
+    )
+    if squeeze is not None:
+        when = "every run" if campaign.settings.squeeze_every_run else "the first run"
+        click.echo(f"[squeeze], after {when}:")
+        print_rows(squeeze_rows(squeeze, unheeded={"adapter_path": "the adapters that are trained"}))
     click.echo()
     print_table(plan_table(campaign))
 

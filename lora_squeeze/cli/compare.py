@@ -7,19 +7,25 @@ from pathlib import Path
 import click
 
 from lora_squeeze.cli.decomposing import decomposed
-from lora_squeeze.cli.options import calibration_option, compute_options, refuse_stray
+from lora_squeeze.cli.options import calibration_option, compute_options, parse_fractions, refuse_stray
 from lora_squeeze.cli.output import print_record, print_table, progress
 from lora_squeeze.cli.source import open_source
+from lora_squeeze.spelling import spell
 
 __all__ = ["compare_command"]
 
-_FRACTIONS = "0.5,0.25,0.125,0.0625"
+_FRACTIONS = (0.5, 0.25, 0.125, 0.0625)
 
 
 @click.command("compare")
 @click.argument("path")
 @click.argument("other", required=False)
-@click.option("--params", "fractions", help=f"Fractions of the parameters to compare at.  [default: {_FRACTIONS}]")
+@click.option(
+    "--params",
+    "fractions",
+    callback=parse_fractions,
+    help=f"Fractions of the parameters to compare at.  [default: {','.join(map(spell, _FRACTIONS))}]",
+)
 @click.option("--rank", type=click.IntRange(min=1), help="Directions to compare.  [default: the effective rank]")
 @click.option("--layers", is_flag=True, help="Show every layer of two adapters.")
 @click.option("--metric", default="", show_default=False, help="Of two campaigns.  [default: the most telling one]")
@@ -29,7 +35,7 @@ _FRACTIONS = "0.5,0.25,0.125,0.0625"
 def compare_command(
     path: str,
     other: str | None,
-    fractions: str | None,
+    fractions: tuple[float, ...],
     rank: int | None,
     layers: bool,
     metric: str,
@@ -53,7 +59,7 @@ def compare_command(
     if campaigns:
         refuse_stray(("method", "device"), "comparing adapters: campaigns are compared by what was measured")
     if other is None:
-        _compare_policies(path, _FRACTIONS if fractions is None else fractions, as_json, calibration, method, device)
+        _compare_policies(path, fractions or _FRACTIONS, as_json, calibration, method, device)
     elif campaigns:
         _compare_campaigns(Path(path), Path(other), metric)
     else:
@@ -67,20 +73,17 @@ def _refuse(wrong: bool, options: dict[str, object], what: str) -> None:
 
 
 def _compare_policies(
-    path: str, fractions: str, as_json: bool, calibration: Path | None, method: str, device: str
+    path: str, fractions: tuple[float, ...], as_json: bool, calibration: Path | None, method: str, device: str
 ) -> None:
     from lora_squeeze.comparison import compare_policies
     from lora_squeeze.compression import file_cost
     from lora_squeeze.records import outcomes_to_json
     from lora_squeeze.report.table import comparison_table
 
-    try:
-        budgets = [float(fraction) for fraction in fractions.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"'{fractions}' is not a list of fractions such as 0.5,0.25") from None
     adapter = open_source(path)
     spectra = decomposed(adapter, method=method, device=device, calibration=calibration).spectra
-    outcomes = [outcome for budget in budgets for outcome in compare_policies(spectra, budget, cost=file_cost(adapter))]
+    cost = file_cost(adapter)
+    outcomes = [outcome for budget in fractions for outcome in compare_policies(spectra, budget, cost=cost)]
     if as_json:
         click.echo(outcomes_to_json(outcomes))
     else:

@@ -22,12 +22,14 @@ from lora_squeeze.cli.options import (
     rank_options,
     refuse_stray,
     refuse_stray_by,
+    refuse_stray_max_lora_rank,
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record, progress, waiting
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.limits import Limits
 from lora_squeeze.measurements import CRITERIA
+from lora_squeeze.spelling import spell
 
 if TYPE_CHECKING:
     from lora_squeeze import Adapter, Compression, Decomposition, Ranks
@@ -91,8 +93,7 @@ def compress_command(
     from lora_squeeze.formats import check_output_of
     from lora_squeeze.report.table import compression_table
 
-    if max_lora_rank is not None and runtime in ("", "peft"):
-        raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+    refuse_stray_max_lora_rank(max_lora_rank, runtime)
     policies = chosen_policies(rank, retain, ranks_file, rank_options)
     _check_push(repo, private, commit_message, policies if keep is None else ())
     if keep is not None:
@@ -200,7 +201,7 @@ def chosen_policies(
     if rank is not None:
         return (f"fixed={rank}",)
     if retain is not None:
-        return (f"variance={retain:g}",)
+        return (f"variance={spell(retain)}",)
     return rank_options.policies
 
 

@@ -10,7 +10,7 @@ import click
 from lora_squeeze.cli.data_options import DataOptions, data_options, opened, read, trial_for
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.files import check_file, print_and_write, refuse_stray_overwrite
-from lora_squeeze.cli.options import as_json, calibration_option
+from lora_squeeze.cli.options import as_json, calibration_option, parse_fractions
 from lora_squeeze.cli.output import print_record, progress_of
 
 if TYPE_CHECKING:
@@ -22,13 +22,6 @@ DEFAULT_POLICIES = ("fixed", "params")
 _SUFFIXES = (".png", ".svg", ".pdf", ".json")
 
 
-def _parse_fractions(_context: click.Context, _option: click.Parameter, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(fraction) for fraction in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"'{text}' is not a list of fractions such as 0.5,0.25") from None
-
-
 @click.command("curve", short_help="Quality against size, for several policies.")
 @click.argument("adapter")
 @click.option(
@@ -38,7 +31,7 @@ def _parse_fractions(_context: click.Context, _option: click.Parameter, text: st
     "--params",
     "fractions",
     default="0.5,0.25,0.125,0.0625,0.03125",
-    callback=_parse_fractions,
+    callback=parse_fractions,
     help="Fractions of the parameters to measure at.",
 )
 @click.option("--metric", "metrics", multiple=True, help="loss, accuracy, …  Repeatable.  [default: all]")

@@ -14,6 +14,7 @@ from lora_squeeze.cli.options import (
     compute_options,
     dtype_option,
     rank_options,
+    refuse_stray_max_lora_rank,
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record, progress
@@ -78,8 +79,7 @@ def merge_command(
     from lora_squeeze.report.table import compression_table
     from lora_squeeze.verbs import full_rank
 
-    if max_lora_rank is not None and runtime in ("", "peft"):
-        raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+    refuse_stray_max_lora_rank(max_lora_rank, runtime)
     policies = chosen_policies(rank, retain, None, rank_options)
     if len(policies) > 1:
         raise click.UsageError("a merge has one --policy; write it at full rank and compress that with several")

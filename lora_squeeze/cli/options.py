@@ -11,7 +11,8 @@ import click
 from click.core import ParameterSource
 
 from lora_squeeze.limits import EQUAL, Limits
-from lora_squeeze.settings import CHOICES
+from lora_squeeze.settings import CHOICES, is_stray_max_lora_rank
+from lora_squeeze.spelling import read_numbers
 
 __all__ = [
     "RankOptions",
@@ -20,11 +21,13 @@ __all__ = [
     "compute_options",
     "dtype_option",
     "given_of",
+    "parse_fractions",
     "parse_ranks",
     "push_options",
     "rank_options",
     "refuse_stray",
     "refuse_stray_by",
+    "refuse_stray_max_lora_rank",
     "runtime_options",
     "spelled",
 ]
@@ -85,12 +88,26 @@ def refuse_stray_by(options: RankOptions, others: tuple[str, ...] = ()) -> None:
         raise click.UsageError(f"--by {options.by} is for --policy variance=VALUE (or --retain), and none is given")
 
 
+def refuse_stray_max_lora_rank(max_lora_rank: int | None, runtime: str) -> None:
+    """--max-lora-rank is what a server allows, so there has to be one."""
+    if is_stray_max_lora_rank(max_lora_rank, runtime):
+        raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+
+
 def parse_ranks(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
     """A comma-separated list of ranks."""
     try:
         return tuple(int(rank) for rank in text.split(",") if text)
     except ValueError:
         raise click.BadParameter(f"'{text}' is not a list of ranks such as 4,8,16") from None
+
+
+def parse_fractions(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[float, ...]:
+    """A comma-separated list of fractions; none if the option is not given."""
+    try:
+        return () if text is None else read_numbers(text)
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is not a list of fractions such as 0.5,0.25") from None
 
 
 def _parse_rank_for(

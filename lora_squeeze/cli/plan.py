@@ -16,6 +16,7 @@ from lora_squeeze.cli.options import (
     dtype_option,
     rank_options,
     refuse_stray_by,
+    refuse_stray_max_lora_rank,
     runtime_options,
 )
 from lora_squeeze.cli.output import print_record
@@ -54,8 +55,7 @@ def plan_command(
     from lora_squeeze.report.table import plan_table
     from lora_squeeze.verbs import choose_ranks, outcome
 
-    if max_lora_rank is not None and runtime in ("", "peft"):
-        raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+    refuse_stray_max_lora_rank(max_lora_rank, runtime)
     if len(rank_options.policies) > 1:
         raise click.UsageError("a plan has one --policy; lora-squeeze compare shows several")
     refuse_stray_by(rank_options)

@@ -18,6 +18,7 @@ from lora_squeeze.cli.options import (
     dtype_option,
     rank_options,
     refuse_stray,
+    refuse_stray_max_lora_rank,
     runtime_options,
     spelled,
 )
@@ -26,6 +27,7 @@ from lora_squeeze.cli.plots import check_plots, write_plots
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.errors import RankError
 from lora_squeeze.measurements import Curve
+from lora_squeeze.spelling import spell
 
 if TYPE_CHECKING:
     from lora_squeeze.campaign.overview import Overview
@@ -79,8 +81,7 @@ def report_command(
     from lora_squeeze.policies import POLICIES
     from lora_squeeze.verbs import explore_adapter
 
-    if max_lora_rank is not None and runtime in ("", "peft"):
-        raise click.UsageError("--max-lora-rank is what a server allows: say which with --for, or use --max-rank")
+    refuse_stray_max_lora_rank(max_lora_rank, runtime)
     if _is_analysis(path):
         refuse_stray(_OF_TENSORS, f"a report of an adapter, and {path} is the JSON of an analysis")
     options = spelled(rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank, calibration=calibration)
@@ -169,7 +170,7 @@ def _from_record(path: Path, rank_options: RankOptions, options: tuple[str, ...]
     from lora_squeeze.records import Analysis
 
     analysis = _read_record(path, Analysis.from_json, "an adapter or what analyze --json printed")
-    policies = rank_options.policies or (f"variance={analysis.min_variance_retention:g}",)
+    policies = rank_options.policies or (f"variance={spell(analysis.min_variance_retention)}",)
     with progress("Trying policies", len(POLICIES)) as advance:
         return explore_analysis(
             analysis, policies, by=rank_options.by, limits=rank_options.limits, options=options, on_policy=advance

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from lora_squeeze.cli.campaign import campaign_from_file
+from lora_squeeze.cli.explaining import explain_squeeze
 from lora_squeeze.cli.output import print_record, progress
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.cli.train import train_from_file
@@ -31,7 +32,7 @@ def run_command(context: click.Context, file: Path, explain: bool) -> None:
         return
     settings = read_settings(file)
     if explain:
-        _explain(file, settings)
+        explain_squeeze(file, settings)
     else:
         _run(settings)
 
@@ -49,22 +50,3 @@ def _run(settings: Settings) -> None:
     if compression is not None:
         click.echo()
         print_record(compression, compression_table, as_json=False)
-
-
-def _explain(file: Path, settings: Settings) -> None:
-    chosen = settings.squeeze
-    target = chosen.policy or chosen.compress_to or "the recommended rank"
-    for label, value in {
-        "mode": "squeeze",
-        "config": file,
-        "adapter_path": chosen.adapter_path,
-        "source_rank": settings.source_rank or "from the tensors",
-        "target_ranks": chosen.target_ranks or "powers of two up to the source rank",
-        "min_variance_retention": f"{chosen.min_variance_retention} ({chosen.by} over layers)",
-        "output_path": chosen.output_path or "none: analyze only",
-        "compress_to": target if chosen.output_path else "nothing is written",
-        "calibration": chosen.calibration or "none: variance is that of the weights",
-        "runtime": chosen.runtime or "all that read its format",
-        "device": chosen.device,
-    }.items():
-        click.echo(f"{label:<24}{value}")

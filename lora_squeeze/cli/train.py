@@ -6,10 +6,11 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from lora_squeeze.cli.explaining import explain_run
 from lora_squeeze.cli.options import as_json
 from lora_squeeze.cli.output import print_record, progress
 from lora_squeeze.cli.source import open_source
@@ -27,7 +28,7 @@ from lora_squeeze.training.settings import (
 if TYPE_CHECKING:
     from lora_squeeze.training.record import RunRecord
 
-__all__ = ["continue_command", "explain_run", "train_command", "train_from_file"]
+__all__ = ["continue_command", "train_command", "train_from_file"]
 
 
 @click.command("train", short_help="Train an adapter as a TOML file says.")
@@ -183,40 +184,3 @@ def training_progress() -> Generator[Callable[[int, int, Mapping[str, float]], N
 def _echo_step(step: int, steps: int, said: str) -> None:
     if said:
         click.echo(f"step {step}/{steps}  {said}", err=True)
-
-
-def explain_run(config: Path, settings: RunSettings, folder: Path) -> None:
-    """Print what a run would do."""
-    training, model, data = settings.training, settings.model, settings.data
-    schedule = settings.schedule(training.max_steps, settings.rank) if settings.rank else None
-    stages = zip(schedule.ranks, schedule.lengths, strict=True) if schedule else ()
-    told: dict[str, Any] = {
-        "mode": "training",
-        "config": config,
-        "method": settings.method,
-        "model": model.model or "the one that the adapter names",
-        "adapter": f"{model.adapter}, squeezed to rank {model.squeeze_to}" if model.squeeze_to else model.adapter,
-        "lora_rank": settings.rank or "that of the adapter",
-        "in_squeeze": ", ".join(f"{rank} for {steps} steps" for rank, steps in stages) or settings.in_squeeze.schedule,
-        "data": ", ".join(data.source),
-        "held out": ", ".join(data.eval_source)
-        or (f"{data.eval_fraction:g} of the data" if data.eval_fraction else ""),
-        "steps": training.max_steps or f"{training.epochs:g} epochs",
-        "batch_size": f"{training.batch_size} prompts × {training.group_size} completions"
-        if settings.method == "grpo"
-        else training.batch_size,
-        "lr": f"{training.lr:g}, {training.lr_schedule}"
-        + (f" after {training.warmup_steps} steps" if training.warmup_steps else ""),
-        "optimizer": settings.optimizer.name,
-        "seed": training.seed,
-        "output": folder,
-    }
-    if settings.method == "grpo":
-        told["reward"] = settings.reward.type or "exact"
-        told["advantage_mode"] = settings.algorithm.advantage_mode or "grpo"
-        told["transform_mode"] = settings.algorithm.transform_mode or "none"
-    if settings.squeeze is not None:
-        told["squeeze"] = f"{settings.squeeze.min_variance_retention} of the variance, after training"
-    for label, value in told.items():
-        if value != "":
-            click.echo(f"{label:<24}{value}")

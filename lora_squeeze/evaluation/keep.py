@@ -32,6 +32,7 @@ from lora_squeeze.formats import open_adapter, weights_size
 from lora_squeeze.measurements import CRITERIA, KeepStep, Kept
 from lora_squeeze.policies import POLICIES
 from lora_squeeze.records import Compression, Ranks
+from lora_squeeze.spelling import spell
 from lora_squeeze.verbs import choose_ranks, full_rank, squeeze
 
 __all__ = ["SURE", "Criterion", "bisected", "judge", "keep_quality", "ladder"]
@@ -62,7 +63,7 @@ class Criterion:
             raise SettingsError(f"metric '{self.metric}' cannot be kept; {', '.join(CRITERIA)} can")
         if not 0 < self.keep <= 1:
             raise SettingsError(
-                f"keep={self.keep:g} is not possible: it is a share of the original, above 0 and up to 1"
+                f"keep={spell(self.keep)} is not possible: it is a share of the original, above 0 and up to 1"
             )
 
     def limit(self, original: float) -> float:

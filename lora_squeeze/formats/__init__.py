@@ -238,8 +238,9 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
 
 
 def as_written(adapter: Adapter) -> Adapter:
-    """The adapter with the configuration under which it will be saved."""
-    return replace(adapter, config=config_for(adapter)) if adapter.format == "peft" else adapter
+    """The adapter as it will be saved: with the configuration that it gets then, and nothing left to be put right."""
+    config = config_for(adapter) if adapter.format == "peft" else adapter.config
+    return replace(adapter, config=config, deviations={})
 
 
 def weights_size(adapter: Adapter) -> int:

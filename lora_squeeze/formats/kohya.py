@@ -70,7 +70,10 @@ def open_kohya(path: Path) -> Adapter:
     others = find_alphas(file, modules)
     layers = {name: _layer_spec(name, keys, file) for name, keys in modules.items()}
     notes = _notes(layers, file.metadata)
-    return adapter_of(file, modules, layers, form="kohya", others=others, config={}, notes=notes)
+    adapter = adapter_of(file, modules, layers, form="kohya", others=others, config={}, notes=notes)
+    folded = next((spec.name for spec in layers.values() if spec.folded), None)
+    cp_form = f"convolution '{folded}' is in CP form, with a lora_mid between its factors"
+    return adapter if folded is None else replace(adapter, deviations={"cp form": cp_form})
 
 
 def write_kohya(adapter: Adapter, path: Path) -> Path:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lora_squeeze.adapter import Adapter, PassThrough
+from lora_squeeze.adapter import Adapter, Deviation, LayerSpec, PassThrough
 from lora_squeeze.errors import AdapterError
 from lora_squeeze.formats.dora import dora_note
 from lora_squeeze.formats.folder import belongs_to_training
@@ -19,7 +19,7 @@ from lora_squeeze.formats.peft_layout import layer_blocks, places, readers
 from lora_squeeze.formats.pickled import PickledFile
 from lora_squeeze.formats.tensors import SafetensorsFile, TensorSpec, read_safetensors
 from lora_squeeze.formats.writing import Block, safetensors_size, write_safetensors
-from lora_squeeze.peft_names import CONFIG, PICKLED_WEIGHTS, WEIGHTS
+from lora_squeeze.peft_names import CONFIG, PICKLED_WEIGHTS, PREFIX, WEIGHTS
 
 __all__ = ["open_peft", "peft_size", "sniff_peft", "write_peft"]
 
@@ -63,6 +63,7 @@ def open_peft(path: Path) -> Adapter:
         sha256=cache(tensors.sha256),
         hash_along=tensors.hash_along,
         left_out=left_out,
+        deviations=dict(_deviations(config, keys, [place.spec for place in found.values()])),
         notes=tuple(_notes(config, tensors.path, keys, left_behind, foreign)),
     )
 
@@ -141,6 +142,26 @@ def _lies_in(file: Path, folders: tuple[Path, ...]) -> bool:
     return any(folder in place.parents for folder in folders)
 
 
+def _deviations(config: Mapping[str, Any], keys: Keys, specs: Iterable[LayerSpec]) -> Iterator[tuple[Deviation, str]]:
+    """In what the files differ from what `write_peft` makes of them, and how they have it."""
+    if config.get("peft_type") == "ADALORA":
+        yield "adalora", "it is AdaLoRA, whose keys are not LoRA's and whose update has a third factor, lora_E"
+    if keys.bare:
+        yield "bare keys", f"{_begins_otherwise(keys)} (first: '{keys.bare[0]}')"
+    if keys.adapter_name:
+        yield "named keys", f"the keys carry the adapter name '{keys.adapter_name}'"
+    if "peft_type" not in config:
+        yield "no peft_type", f"{CONFIG} has no peft_type"
+    odd = next((spec for spec in specs if spec.rank % 2), None)
+    if odd is not None and config.get("init_lora_weights") == "orthogonal":
+        yield "odd orthogonal", f"init_lora_weights is 'orthogonal', and layer '{odd.name}' has the odd rank {odd.rank}"
+
+
+def _begins_otherwise(keys: Keys) -> str:
+    count = len(keys.bare)
+    return f"{count} keys of factors do not begin with {PREFIX}" if count > 1 else f"a key does not begin with {PREFIX}"
+
+
 def _notes(
     config: Mapping[str, Any], weights: Path, keys: Keys, left_behind: list[str], foreign: list[str]
 ) -> Iterator[str]:
@@ -152,6 +173,8 @@ def _notes(
         yield f"not carried over, as it belongs to the source's training: {', '.join(left_behind)}"
     if keys.adapter_name:
         yield f"the keys carry the adapter name '{keys.adapter_name}'; they are written without it, as PEFT loads them"
+    if keys.bare:
+        yield f"{_begins_otherwise(keys)}; they are written with it, as PEFT loads them (first: {keys.bare[0]})"
     if keys.unknown:
         count = len(keys.unknown)
         yield f"{count} tensor{'s' * (count > 1)} of unknown purpose carried over as found (first: {keys.unknown[0]})"

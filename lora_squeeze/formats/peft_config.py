@@ -155,7 +155,7 @@ def config_for(adapter: Adapter) -> dict[str, Any]:
     r is the largest rank, and lora_alpha makes the most common scale hold wherever no pattern is
     read, so that a server which ignores the patterns still applies it.
     """
-    config = dict(adapter.config)
+    config = {"peft_type": "LORA", **adapter.config}
     root = bool(config.get("use_rslora", False))
     modules = _modules(adapter)
     rank = max(own for own, _ in modules.values())

@@ -24,7 +24,7 @@ _ADALORA_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|E)(\.(?P<adap
 # What PEFT stores beside the pairs, with an adapter's name in it where a raw state dict was saved.
 _COMPANIONS = (
     (re.compile(r"(.+\.lora_B)\.([^.]+)(\.bias)"), r"\1\3"),
-    (re.compile(r"(.+\.lora_magnitude_vector)\.([^.]+?)(\.weight)?"), r"\1"),
+    (re.compile(r"(.+\.lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(\.weight)?"), r"\1"),
     (re.compile(r"(.+)\.modules_to_save\.([^.]+)(\..+)"), r"\1\3"),
     (re.compile(r"(.+\.trainable_tokens_delta)\.([^.]+)()"), r"\1"),
 )
@@ -64,12 +64,15 @@ class Keys:
         those of `others` of which nobody knows what they are for.
     adapter_name
         if the keys carry one, as in a raw state dict.
+    bare
+        keys of factors that do not begin with PEFT's prefix.
     """
 
     pairs: Mapping[str, Pair]
     others: Mapping[str, str]
     unknown: tuple[str, ...]
     adapter_name: str = ""
+    bare: tuple[str, ...] = ()
 
 
 def sort_keys(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], path: Path) -> Keys:
@@ -79,6 +82,7 @@ def sort_keys(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], path
     embeddings: set[str] = set()
     others: dict[str, str] = {}
     names: dict[str, str] = {}
+    bare: list[str] = []
     for key, spec in tensors.items():
         match = (_ADALORA_FACTOR if adalora else _FACTOR).fullmatch(key)
         if match is None:
@@ -92,6 +96,8 @@ def sort_keys(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], path
         groups = match.groupdict()
         module = (groups["module"] or groups["embedding"]).removeprefix(PREFIX)
         factor = groups["factor"] or groups["side"]
+        if not key.startswith(PREFIX):
+            bare.append(key)
         names.setdefault(groups["adapter"] or groups.get("name") or "", key)
         if factor in factors.setdefault(module, {}):
             raise AdapterError(f"{path}: '{key}' and '{factors[module][factor].key}' are factors of the same module")
@@ -104,11 +110,13 @@ def sort_keys(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], path
             f"{path}: keys carry different adapter names ('{names[first]}', '{names[second]}'); save one adapter alone"
         )
     wanted = ("A", "B", "E") if adalora else ("A", "B")
+    unknown = tuple(_unknown(others, config, path))
     return Keys(
         pairs={name: _pair(name, found, wanted, name in embeddings, path) for name, found in factors.items()},
-        others=others,
-        unknown=tuple(_unknown(others, config, path)),
+        others=_prefixed(others, unknown, path) if bare else others,
+        unknown=unknown,
         adapter_name=next(iter(names), ""),
+        bare=tuple(bare),
     )
 
 
@@ -116,8 +124,22 @@ def _standard(key: str) -> tuple[str, str]:
     """A companion's key as PEFT saves it, and the adapter's name that was in it."""
     for pattern, replacement in _COMPANIONS:
         if match := pattern.fullmatch(key):
-            return match.expand(replacement), match[2]
+            return match.expand(replacement), match[2] or ""
     return key, ""
+
+
+def _prefixed(others: Mapping[str, str], unknown: tuple[str, ...], path: Path) -> dict[str, str]:
+    """The prefix before the keys of what belongs to factors without one; what is unknown stays as it was found."""
+    found: dict[str, str] = {}
+    for key, stored in others.items():
+        repaired = key if key in unknown or key.startswith(PREFIX) else PREFIX + key
+        if repaired in found:
+            raise AdapterError(
+                f"{path}: '{stored}' and '{found[repaired]}' are the same tensor, with and without {PREFIX}; "
+                "remove the one that is wrong"
+            )
+        found[repaired] = stored
+    return found
 
 
 def _pair(module: str, found: Mapping[str, TensorSpec], wanted: tuple[str, ...], embedding: bool, path: Path) -> Pair:

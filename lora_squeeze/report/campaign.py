@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_squeeze.report.training import metrics_line
+from lora_squeeze.spelling import percent
 
 if TYPE_CHECKING:
     from lora_squeeze.campaign.manifest import Manifest, RunEntry, SqueezeEntry
@@ -84,7 +85,7 @@ def squeeze_table(squeeze: SqueezeEntry) -> RenderableType:
         table,
         "",
         f"Recommended rank: {squeeze.recommended_rank} "
-        f"(>= {100 * squeeze.min_variance_retention:g}% variance retained)",
+        f"(>= {percent(squeeze.min_variance_retention)} variance retained)",
         *lines,
     )
 

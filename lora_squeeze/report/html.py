@@ -26,6 +26,7 @@ from lora_squeeze.policies import parse_policy
 from lora_squeeze.report.arrangement import arrange
 from lora_squeeze.report.measured import campaign_section, quality_section
 from lora_squeeze.sizes import bytes_text
+from lora_squeeze.spelling import percent
 from lora_squeeze.version import __version__
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def _facts(exploration: Exploration) -> list[tuple[str, str]]:
 
 def _provenance(exploration: Exploration) -> list[tuple[str, str]]:
     analysis, summary = exploration.analysis, exploration.summary
-    keep = f"{100 * analysis.min_variance_retention:g}%"
+    keep = percent(analysis.min_variance_retention)
     entries = [
         ("Source", analysis.source or "not named"),
         ("SHA-256 of the weights", exploration.source_sha256 or "not known: made from an analysis alone"),

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lora_squeeze.records import Analysis, Compression, Outcome, Ranks, Verification
 from lora_squeeze.sizes import bytes_text
+from lora_squeeze.spelling import percent
 from lora_squeeze.summary import Summary
 
 __all__ = [
@@ -53,7 +54,7 @@ def analysis_table(analysis: Analysis) -> RenderableType:
         table,
         "",
         f"Recommended rank: {analysis.recommended_rank} "
-        f"(>= {100 * analysis.min_variance_retention:g}% variance retained{what})",
+        f"(>= {percent(analysis.min_variance_retention)} variance retained{what})",
         *_notes(analysis.notes),
     )
 

@@ -13,7 +13,7 @@ from lora_squeeze.annealing.schedule import Schedule, parse_schedule
 from lora_squeeze.annealing.targets import parse_targets
 from lora_squeeze.errors import LoraSqueezeError, SettingsError
 from lora_squeeze.sections import ONE_WILL_DO, build, choice, read_toml
-from lora_squeeze.settings import ModelSettings, SqueezeSettings
+from lora_squeeze.settings import ModelSettings, SqueezeSettings, check_squeeze
 
 __all__ = [
     "METHODS",
@@ -206,6 +206,8 @@ def check(settings: RunSettings, file: Path | str) -> None:
     """Refuse settings that cannot work. Raises SettingsError, with the file, the section and the key."""
     for problem in _problems(settings):
         raise SettingsError(f"{file}: {problem}")
+    if settings.squeeze is not None:
+        check_squeeze(settings.squeeze, file)
 
 
 def _problems(settings: RunSettings) -> list[str]:
