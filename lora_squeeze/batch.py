@@ -27,7 +27,7 @@ from lora_squeeze.peft_names import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lora_squeeze.settings import Settings, SqueezeSettings
 from lora_squeeze.squeezing import squeeze_as_set
 from lora_squeeze.training.folder import only_one
-from lora_squeeze.worker import Job, Outcome
+from lora_squeeze.worker import Ending, Job
 
 __all__ = ["BatchRecord", "batch_to_json", "listed", "named", "read_batch", "squeeze_batch", "squeeze_job"]
 
@@ -239,13 +239,13 @@ class _Batch:
         }
         return Job(name, "lora_squeeze.batch.squeeze_job", arguments, str(here / LOGS / f"{name}.log"))
 
-    def _ended(self, job: Job, outcome: Outcome) -> None:
+    def _ended(self, job: Job, ending: Ending) -> None:
         record = self.records[job.name]
-        if outcome.code == 0:
+        if ending.code == 0:
             made = BatchRecord(**parse_json(read_text(Path(job.arguments["result"]))))
             record = replace(made, place=record.place)
         else:
-            record = replace(record, status="failed", error=outcome.error)
+            record = replace(record, status="failed", error=ending.error)
         self.records[job.name] = record
         self._write()
 

@@ -18,7 +18,7 @@ from lora_squeeze.formats.tensors import memory_of
 from lora_squeeze.moments import Moments, check_moments
 from lora_squeeze.parallel import ordered_map, runs
 from lora_squeeze.records import Spectrum
-from lora_squeeze.scratch import beside
+from lora_squeeze.scratch import placed
 from lora_squeeze.spectrum import Basis, bases, check_device, singular_values
 from lora_squeeze.whitening import basis_on_data
 
@@ -135,7 +135,7 @@ def borrow_together(adapter: Adapter, names: Sequence[str]) -> list[LoraLayer]:
     """Borrow several layers; they last until this thread borrows again."""
     layers: list[LoraLayer] = []
     for place, name in enumerate(names):
-        with beside(place):
+        with placed(place):
             layers.append(adapter.borrow(name))
     return layers
 

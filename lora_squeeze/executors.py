@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from lora_squeeze.errors import LoraSqueezeError
 from lora_squeeze.extras import require
-from lora_squeeze.worker import Job, Outcome, perform, spawn, verdict
+from lora_squeeze.worker import Ending, Job, perform, spawn, verdict
 
 __all__ = ["EXECUTORS", "Pool", "Resources", "execute", "pool_of"]
 
@@ -47,7 +47,7 @@ class Pool(Protocol):
         """Begin a job."""
         ...
 
-    def wait(self) -> tuple[Job, Outcome]:
+    def wait(self) -> tuple[Job, Ending]:
         """The next job that ends, and how."""
         ...
 
@@ -63,7 +63,7 @@ def execute(
     workers: int,
     stagger_seconds: float = 0.0,
     on_start: Callable[[Job], None],
-    on_end: Callable[[Job, Outcome], None],
+    on_end: Callable[[Job, Ending], None],
 ) -> None:
     """Run jobs until none is left.
 
@@ -100,7 +100,7 @@ class _Inline:
     """Each job at once, in this process."""
 
     def __init__(self) -> None:
-        self._ended: list[tuple[Job, Outcome]] = []
+        self._ended: list[tuple[Job, Ending]] = []
 
     @property
     def running(self) -> int:
@@ -109,10 +109,10 @@ class _Inline:
     def start(self, job: Job) -> None:
         Path(job.log).parent.mkdir(parents=True, exist_ok=True)
         with Path(job.log).open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-            outcome = perform(job)
-        self._ended.append((job, outcome))
+            ending = perform(job)
+        self._ended.append((job, ending))
 
-    def wait(self) -> tuple[Job, Outcome]:
+    def wait(self) -> tuple[Job, Ending]:
         return self._ended.pop(0)
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class _Processes:
         process = self._processes[job.name] = spawn(given)
         threading.Thread(target=lambda: self._ended.put((job, process.wait())), daemon=True).start()
 
-    def wait(self) -> tuple[Job, Outcome]:
+    def wait(self) -> tuple[Job, Ending]:
         job, code = self._ended.get()
         del self._processes[job.name]
         self._slots[next(slot for slot, name in self._slots.items() if name == job.name)] = ""
@@ -195,13 +195,13 @@ class _Ray:
     def start(self, job: Job) -> None:
         self._jobs[self._ray.remote(**self._options)(_in_task).remote(job)] = job
 
-    def wait(self) -> tuple[Job, Outcome]:
+    def wait(self) -> tuple[Job, Ending]:
         (ended,), _ = self._ray.wait(list(self._jobs), num_returns=1)
         job = self._jobs.pop(ended)
         try:
             return job, verdict(job, self._ray.get(ended))
         except Exception as error:  # a node or the task's own process was lost
-            return job, Outcome(1, f"Ray lost it: {str(error).splitlines()[0]}")
+            return job, Ending(1, f"Ray lost it: {str(error).splitlines()[0]}")
 
     def close(self) -> None:
         for task in self._jobs:

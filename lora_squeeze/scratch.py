@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["beside", "lent", "scratch", "scratch_views"]
+__all__ = ["lent", "placed", "scratch", "scratch_views"]
 
 Views = TypeVar("Views")
 
@@ -69,7 +69,7 @@ def lent(role: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
-def beside(place: int) -> Generator[None, None, None]:
+def placed(place: int) -> Generator[None, None, None]:
     """What is lent to this thread within the block lies beside what is lent at other places."""
     before, _memory.place = _memory.place, place
     try:

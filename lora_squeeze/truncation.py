@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_squeeze.adapter import LoraLayer
 from lora_squeeze.gram import second_moment
-from lora_squeeze.scratch import beside, lent, scratch, scratch_views
+from lora_squeeze.scratch import lent, placed, scratch, scratch_views
 from lora_squeeze.spectrum import Basis
 
 __all__ = ["Cut", "Truncation", "idle_rows", "truncate", "truncate_together"]
@@ -96,7 +96,7 @@ def truncate_together(cuts: Sequence[Cut], *, borrow: bool = False) -> list[Trun
         size, device = max(cut.rank for cut in group), group[0].basis.p.device
         roundings = torch.zeros(len(group), 2, 2, size, size, dtype=torch.float64, device=device)
         for cut, rounding in zip(group, roundings, strict=True):
-            with beside(len(layers)):
+            with placed(len(layers)):
                 layers.append(_applied(cut, rounding, borrow=borrow))
         errors += _errors(group, roundings)
     return [Truncation(*one) for one in zip(layers, errors, strict=True)]

@@ -21,7 +21,7 @@ from typing import Any
 from lora_squeeze.dotted import import_function
 from lora_squeeze.errors import LoraSqueezeError
 
-__all__ = ["Job", "Outcome", "end_with_parent", "perform", "spawn", "verdict"]
+__all__ = ["Ending", "Job", "end_with_parent", "perform", "spawn", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ending:
     """How a job ended: exit code 0 and no error, or both."""
 
     code: int
     error: str = ""
 
 
-def perform(job: Job) -> Outcome:
-    """Do a job in this process, without its log. Whatever it raises becomes an outcome, but for Ctrl-C and the like."""
+def perform(job: Job) -> Ending:
+    """Do a job in this process, without its log. Whatever it raises becomes the ending, but for Ctrl-C and the like."""
     try:
         import_function(job.function, key="job")(**job.arguments)
     except LoraSqueezeError as error:
@@ -53,9 +53,9 @@ def perform(job: Job) -> Outcome:
         traceback.print_exception(error)
         said = f"{type(error).__name__}: {error}"
     else:
-        return Outcome(0)
+        return Ending(0)
     print(f"Error: {said}", flush=True)
-    return Outcome(1, said)
+    return Ending(1, said)
 
 
 def spawn(job: Job) -> subprocess.Popen[bytes]:
@@ -69,20 +69,20 @@ def spawn(job: Job) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def verdict(job: Job, code: int) -> Outcome:
+def verdict(job: Job, code: int) -> Ending:
     """What the exit code of a job's process means; the reason is the last line of its log."""
     if code == 0:
-        return Outcome(0)
+        return Ending(0)
     if code < 0:
         name = signal.Signals(-code).name
         hint = "; was there too little memory?" if name == "SIGKILL" else ""
-        return Outcome(code, f"its process was ended by {name}{hint}")
+        return Ending(code, f"its process was ended by {name}{hint}")
     try:
         lines = [line for line in Path(job.log).read_text(encoding="utf-8", errors="replace").splitlines() if line]
     except OSError:
         lines = []
     said = lines[-1].removeprefix("Error: ") if lines else "nothing was printed"
-    return Outcome(code, said)
+    return Ending(code, said)
 
 
 def end_with_parent() -> None:
@@ -97,9 +97,9 @@ def end_with_parent() -> None:
 
 def _main() -> None:
     end_with_parent()
-    outcome = perform(Job(**json.loads(sys.argv[1])))
+    ending = perform(Job(**json.loads(sys.argv[1])))
     sys.stdout.flush()
-    os._exit(outcome.code)  # without waiting for threads of libraries
+    os._exit(ending.code)  # without waiting for threads of libraries
 
 
 if __name__ == "__main__":

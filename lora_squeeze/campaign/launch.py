@@ -38,7 +38,7 @@ from lora_squeeze.report.wandb import log_squeeze
 from lora_squeeze.sections import document_of, to_toml
 from lora_squeeze.training.folder import only_one
 from lora_squeeze.training.settings import RunSettings, check
-from lora_squeeze.worker import Job, Outcome
+from lora_squeeze.worker import Ending, Job
 
 __all__ = ["begin", "campaign_folder", "run_campaign"]
 
@@ -175,7 +175,7 @@ class _Launch:
             )
         )
 
-    def _ended(self, job: Job, outcome: Outcome) -> None:
+    def _ended(self, job: Job, ending: Ending) -> None:
         entry = self.manifest.run(job.name)
         # Its record says all that there is to say, even if the process came to grief after it.
         done = refreshed(replace(self.manifest, runs=[entry]), self.folder).run(job.name)
@@ -191,8 +191,8 @@ class _Launch:
                 self.manifest,
                 job.name,
                 status="pending" if again else "failed",
-                exit_code=outcome.code,
-                error=outcome.error or "it ended without a record",
+                exit_code=ending.code,
+                error=ending.error or "it ended without a record",
                 finished=now(),
             )
         )
