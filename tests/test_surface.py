@@ -134,6 +134,7 @@ ORDER = [
     "training.grpo",
     "training.trainers",
     "training.callbacks",
+    "training.tracking",
     "training.run",
     "training.job",
     "report.training",

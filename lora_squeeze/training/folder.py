@@ -5,6 +5,7 @@ metrics.jsonl     a line for each logging step
 checkpoints/      checkpoint-STEP: adapter, optimizer, scheduler, random states
 final/            the adapter, as PEFT reads it, with its tokenizer
 run.json          the record of the finished run
+wandb.txt         the id by which W&B knows it, if it reports there
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ class RunFolder:
     def record(self) -> Path:
         """The record of the finished run."""
         return self.path / "run.json"
+
+    @property
+    def wandb(self) -> Path:
+        """The id of its W&B run."""
+        return self.path / "wandb.txt"
 
     def finished(self) -> RunRecord | None:
         """The record, if the run has finished."""

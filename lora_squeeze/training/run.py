@@ -6,8 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,6 +36,7 @@ from lora_squeeze.training.folder import RunFolder, only_one
 from lora_squeeze.training.inputs import Inputs, read_inputs
 from lora_squeeze.training.record import RunRecord, environment, write_record
 from lora_squeeze.training.settings import RunSettings
+from lora_squeeze.training.tracking import tracked
 from lora_squeeze.training.trainers import Prepared, trainer_of
 from lora_squeeze.verbs import compress_adapter
 
@@ -97,9 +97,10 @@ def _trained(settings: RunSettings, run: RunFolder, on_log: OnLog | None) -> Run
     trainer, notes = trainer_of(Prepared(settings, run, inputs, reader, model, callbacks))
     trainer.remove_callback(transformers.PrinterCallback)  # the recorder tells whoever wants to know
     checkpoint = _checkpoint(settings, run)
-    seconds = _train(trainer, settings, run, checkpoint)
-    if inputs.held_out:
-        trainer.evaluate()
+    with tracked(settings, run):  # the last evaluation is logged, too
+        seconds = _train(trainer, settings, run, checkpoint)
+        if inputs.held_out:
+            trainer.evaluate()
     _save(model, reader, inputs, run.final)
     record = RunRecord(
         method=settings.method,
@@ -238,47 +239,20 @@ def _train(trainer: Any, settings: RunSettings, run: RunFolder, checkpoint: Path
     """Train, and return the seconds it took."""
     run.forget_metrics_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     begun = time.perf_counter()
-    with _wandb(settings):
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (DataError, ModelError) as error:
-            if "Traceback" not in str(error):
-                raise
-            # A process that makes batches adds where in its code it was; its last line is what was said.
-            raise type(error)(str(error).rstrip().rpartition("\n")[2].partition("Error: ")[2]) from error
-        except ValueError as error:
-            if checkpoint is not None:
-                raise TrainingError(f"{checkpoint}: cannot be continued: {error}; --overwrite begins anew") from error
-            if "empty" in str(error) or "num_samples" in str(error):
-                raise DataError(f"{', '.join(settings.data.source)}: too few examples for a batch") from error
-            raise
-    return time.perf_counter() - begun
-
-
-@contextmanager
-def _wandb(settings: RunSettings) -> Generator[None, None, None]:
-    """Tell transformers' W&B callback, which reads the environment, what `[logging]` says."""
-    logs = settings.logging
-    if not logs.wandb_project:
-        yield
-        return
-    wandb = require("wandb", "wandb")
-    given = {
-        "WANDB_PROJECT": logs.wandb_project,
-        "WANDB_ENTITY": logs.wandb_entity,
-        "WANDB_RUN_GROUP": logs.wandb_group,
-        "WANDB_TAGS": ",".join(logs.wandb_tags),
-    }
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update({name: value for name, value in given.items() if value})
     try:
-        yield
-    finally:
-        wandb.finish()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (DataError, ModelError) as error:
+        if "Traceback" not in str(error):
+            raise
+        # A process that makes batches adds where in its code it was; its last line is what was said.
+        raise type(error)(str(error).rstrip().rpartition("\n")[2].partition("Error: ")[2]) from error
+    except ValueError as error:
+        if checkpoint is not None:
+            raise TrainingError(f"{checkpoint}: cannot be continued: {error}; --overwrite begins anew") from error
+        if "empty" in str(error) or "num_samples" in str(error):
+            raise DataError(f"{', '.join(settings.data.source)}: too few examples for a batch") from error
+        raise
+    return time.perf_counter() - begun
 
 
 def _save(model: Any, reader: Any, inputs: Inputs, final: Path) -> None:
