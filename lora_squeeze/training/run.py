@@ -53,15 +53,16 @@ def train(
     A folder that holds the finished run is only read; one that the same settings began is continued
     from its last checkpoint.
     overwrite
-        begin anew, whatever is there of an earlier run.
+        begin anew: remove whatever is there of an earlier run, and nothing else.
     on_log
         called as on_log(step, steps, metrics) at each step; metrics are empty but when logged.
 
     Raises SettingsError, DataError, ModelError, AdapterError, OutputError or TrainingError.
     """
     run = RunFolder(Path(folder))
-    run.begin(settings, overwrite=overwrite)
+    run.make()
     with only_one(run.path, patience=_PATIENCE):
+        run.begin(settings, overwrite=overwrite)
         return run.finished() or _trained(settings, run, on_log)
 
 
