@@ -43,6 +43,11 @@ def test_what_a_file_speaks_of_says_the_method(sections, method):
     assert settings(**sections).method == method
 
 
+def test_epochs_need_no_other_key():
+    assert (settings().steps, settings(training={"max_steps": 7}).steps) == (500, 7)
+    assert settings(training={"epochs": 2}).steps == settings(training={"max_steps": 0, "epochs": 2}).steps == 0
+
+
 def test_every_section_has_a_default_for_every_key():
     assert RunSettings() == build(RunSettings, {}, "run.toml")
     for section in fields(RunSettings):
@@ -71,6 +76,8 @@ REFUSED = {
     "no model": ({"model": {"model": ""}}, "[model] model is missing"),
     "no data": ({"data": {"source": []}}, "[data] source is missing"),
     "no steps": ({"training": {"max_steps": 0}}, "for how long"),
+    "steps and epochs": ({"training": {"max_steps": 9, "epochs": 2}}, "max_steps = 9 and epochs = 2 are both given"),
+    "the default number of steps and epochs": ({"training": {"max_steps": 500, "epochs": 2}}, "are both given"),
     "negative steps": ({"training": {"max_steps": -1}}, "max_steps must be at least 0"),
     "an unknown method": ({"training": {"method": "ppo"}}, "'sft', 'classify', 'dpo', 'grpo'"),
     "no batch": ({"training": {"batch_size": 0}}, "batch_size must be at least 1"),

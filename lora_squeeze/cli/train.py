@@ -188,7 +188,7 @@ def _echo_step(step: int, steps: int, said: str) -> None:
 def explain_run(config: Path, settings: RunSettings, folder: Path) -> None:
     """Print what a run would do."""
     training, model, data = settings.training, settings.model, settings.data
-    schedule = settings.schedule(training.max_steps, settings.rank) if settings.rank else None
+    schedule = settings.schedule(settings.steps, settings.rank) if settings.steps and settings.rank else None
     stages = zip(schedule.ranks, schedule.lengths, strict=True) if schedule else ()
     told: dict[str, Any] = {
         "mode": "training",
@@ -201,7 +201,7 @@ def explain_run(config: Path, settings: RunSettings, folder: Path) -> None:
         "data": ", ".join(data.source),
         "held out": ", ".join(data.eval_source)
         or (f"{data.eval_fraction:g} of the data" if data.eval_fraction else ""),
-        "steps": training.max_steps or f"{training.epochs:g} epochs",
+        "steps": settings.steps or f"{training.epochs:g} epochs",
         "batch_size": f"{training.batch_size} prompts × {training.group_size} completions"
         if settings.method == "grpo"
         else training.batch_size,

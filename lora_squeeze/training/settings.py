@@ -33,6 +33,7 @@ __all__ = [
 
 METHODS = ("sft", "classify", "dpo", "grpo")
 DEFAULT_RANK = 64
+DEFAULT_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class TrainingSettings:
 
     method: str = choice(("", *METHODS), "")  # "": grpo if there is a reward or an advantage_mode, else sft
     seed: int = 42
-    max_steps: int = 500  # optimizer steps; 0: `epochs`
-    epochs: float = 0.0  # passes over the data, if max_steps is 0
+    max_steps: int | None = None  # optimizer steps; not given: 500, or as many as `epochs` say
+    epochs: float = 0.0  # passes over the data, instead of max_steps
     batch_size: int = 8  # examples, in grpo prompts, of an optimizer step on each device
     gradient_accumulation: int = 1  # parts in which a batch is computed
     lr: float = 2e-4  # peak learning rate
@@ -180,6 +181,12 @@ class RunSettings:
         """The rank that training starts at; 0: that of the adapter that it starts from."""
         return self.model.squeeze_to or self.model.lora_rank or (0 if self.model.adapter else DEFAULT_RANK)
 
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps to take; 0: as many as `epochs` need, which is known once the data are."""
+        given = self.training.max_steps
+        return (0 if self.training.epochs else DEFAULT_STEPS) if given is None else given
+
     def schedule(self, steps: int, rank: int) -> Schedule | None:
         """Which rank is in force when, in so many steps from this rank. Raises RankError or SettingsError."""
         chosen = self.in_squeeze
@@ -222,9 +229,14 @@ def _problems(settings: RunSettings) -> list[str]:
     problems += [
         f"[{section}] {key} must be at least {least}, not {value}"
         for section, key, value, least in _at_least(settings)
-        if value < least
+        if value is not None and value < least
     ]
-    if not training.max_steps and not training.epochs:
+    if training.max_steps and training.epochs:
+        problems.append(
+            f"[training] max_steps = {training.max_steps} and epochs = {training.epochs:g} are both given, here or in "
+            "[campaign]: leave one of them out"
+        )
+    if not settings.steps and not training.epochs:
         problems.append("[training] max_steps and epochs are both 0: for how long shall it train?")
     if not 0 <= data.eval_fraction < 1:
         problems.append(f"[data] eval_fraction must be a fraction below 1, not {data.eval_fraction}")
@@ -294,7 +306,7 @@ def _schedule_problems(settings: RunSettings) -> list[str]:
     except LoraSqueezeError as error:
         return [f"[in_squeeze] rank_policy: {error}"]
     # With epochs, the number of steps is known once the data are; with an adapter, the rank once it is.
-    steps, rank = settings.training.max_steps, settings.rank
+    steps, rank = settings.steps, settings.rank
     if not steps or not rank:
         return []
     try:

@@ -189,7 +189,7 @@ def _arguments(prepared: Prepared) -> dict[str, Any]:
     return {
         "output_dir": str(prepared.folder.checkpoints),
         "seed": training.seed,
-        "max_steps": training.max_steps or -1,
+        "max_steps": settings.steps or -1,
         "num_train_epochs": training.epochs or 1,
         "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": batch,
