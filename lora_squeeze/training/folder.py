@@ -27,7 +27,7 @@ from lora_squeeze.sections import build, document_of, read_toml, to_toml
 from lora_squeeze.training.record import RunRecord, read_record
 from lora_squeeze.training.settings import RunSettings
 
-__all__ = ["RunFolder", "only_one"]
+__all__ = ["STATE", "RunFolder", "only_one"]
 
 # What may change between two starts of one run: where it reports to, how it is squeezed afterwards.
 _FREE = ("logging", "squeeze", "resume")
@@ -35,7 +35,7 @@ _FREE = ("logging", "squeeze", "resume")
 _LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # The last of what a checkpoint consists of: where it can be read, the rest is there.
-_LAST_FILE = "trainer_state.json"
+STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -240,6 +240,6 @@ def _said(section: dict[str, Any], key: str) -> str:
 
 def _is_complete(folder: Path, step: int) -> bool:
     try:
-        return json.loads((folder / _LAST_FILE).read_text(encoding="utf-8"))["global_step"] == step
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"] == step
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -32,7 +32,7 @@ from lora_squeeze.provenance import provenance_of
 from lora_squeeze.sections import document_of
 from lora_squeeze.seeing import Seeing
 from lora_squeeze.training.callbacks import OnLog, Recorder
-from lora_squeeze.training.folder import RunFolder, only_one
+from lora_squeeze.training.folder import STATE, RunFolder, only_one
 from lora_squeeze.training.inputs import Inputs, read_inputs
 from lora_squeeze.training.record import RunRecord, environment, write_record
 from lora_squeeze.training.settings import RunSettings
@@ -99,7 +99,7 @@ def _trained(settings: RunSettings, run: RunFolder, on_log: OnLog | None) -> Run
     trainer.remove_callback(transformers.PrinterCallback)  # the recorder tells whoever wants to know
     checkpoint = _checkpoint(settings, run)
     with tracked(settings, run):  # the last evaluation is logged, too
-        seconds = _train(trainer, settings, run, checkpoint)
+        seconds = _train(trainer, settings, run, recorder=recorder, checkpoint=checkpoint)
         if inputs.held_out:
             trainer.evaluate()
     _save(model, reader, inputs, run.final)
@@ -236,11 +236,17 @@ def _checkpoint(settings: RunSettings, run: RunFolder) -> Path | None:
     return checkpoint
 
 
-def _train(trainer: Any, settings: RunSettings, run: RunFolder, checkpoint: Path | None) -> float:
-    """Train, and return the seconds it took."""
-    run.forget_metrics_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+def _train(
+    trainer: Any, settings: RunSettings, run: RunFolder, *, recorder: Recorder, checkpoint: Path | None
+) -> float:
+    """Train, and return the seconds it took; nothing is trained where the checkpoint is that of the last step."""
+    run.forget_metrics_after(_step_of(checkpoint) if checkpoint else 0)
+    recorder.remember()
     begun = time.perf_counter()
     try:
+        if checkpoint and _is_last(checkpoint, trainer, settings):
+            _take_on(trainer, checkpoint)
+            return 0.0
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (DataError, ModelError) as error:
         if "Traceback" not in str(error):
@@ -254,6 +260,29 @@ def _train(trainer: Any, settings: RunSettings, run: RunFolder, checkpoint: Path
             raise DataError(f"{', '.join(settings.data.source)}: too few examples for a batch") from error
         raise
     return time.perf_counter() - begun
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_last(checkpoint: Path, trainer: Any, settings: RunSettings) -> bool:
+    """Whether there is nothing left to train; transformers would take one step more before it looks."""
+    done, steps = _step_of(checkpoint), settings.steps
+    if not steps:
+        *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    if done > steps:
+        raise TrainingError(
+            f"{checkpoint}: {done} steps were trained already, and these settings say {steps}; raise [training] "
+            "max_steps or epochs, and begin anew with --overwrite"
+        )
+    return done == steps
+
+
+def _take_on(trainer: Any, checkpoint: Path) -> None:
+    """Give the model and the Trainer the weights and the step of a checkpoint, to evaluate and save them."""
+    trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    trainer.state = require("transformers", "train").TrainerState.load_from_json(str(checkpoint / STATE))
 
 
 def _save(model: Any, reader: Any, inputs: Inputs, final: Path) -> None:
