@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from lora_squeeze.errors import AdapterError, ModelError
 from lora_squeeze.extras import require
+from lora_squeeze.precision import hold_in_float32
 from lora_squeeze.seeing import Seeing, seeing_of
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "load_model",
     "load_seeing",
     "load_tokenizer",
+    "pad_like",
     "plain_template",
     "task_of",
     "write_labels",
@@ -248,9 +250,11 @@ def attach_lora(
         use_dora=dora,
     )
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"no LoRA can be attached to {type(model).__name__}: {_reason(error)}") from error
+    hold_in_float32(adapted)
+    return adapted
 
 
 def _targets(names: Sequence[str]) -> list[str] | str:
@@ -293,6 +297,8 @@ def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str 
     except Exception as error:  # a missing file, other shapes, an unknown type: whatever was in the folder
         raise AdapterError(f"{path}: cannot be loaded onto {type(model).__name__}: {_reason(error)}") from error
     _check_complete(path, model, said)
+    if trainable:
+        hold_in_float32(adapted, name=name)
     return adapted
 
 
@@ -307,6 +313,12 @@ def _check_complete(path: str, model: Any, said: Sequence[warnings.WarningMessag
                 f"{path}: does not fit {type(model).__name__}, which would have factors where it has none (first: "
                 f"{first}); it was trained on another model, or on another class of it"
             )
+
+
+def pad_like(model: Any, tokenizer: Any) -> None:
+    """Tell a classifier which token its texts are padded with: causal ones look for the last token before these."""
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def task_of(model: Any) -> Task:
