@@ -151,6 +151,13 @@ def test_mistakes_are_errors_without_a_traceback(quick, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_several_processes_are_refused_before_anything_is_made(quick, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke("train", write_config(quick(), tmp_path / "run.toml"), "--out", tmp_path / "out")
+    assert (result.exit_code, "WORLD_SIZE = 2: train is one process" in result.output) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_record_or_settings_file_is_named(quick, tmp_path):
     train(quick(training={"max_steps": 1}), tmp_path)
     (tmp_path / "run.json").write_text("{}")

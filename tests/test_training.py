@@ -234,6 +234,8 @@ def test_a_run_may_go_on_from_another_s_checkpoint(quick, tmp_path):
     assert all(torch.equal(resumed[key], direct[key]) for key in direct)
     with pytest.raises(TrainingError, match=r"checkpoint-4: 4 steps were trained already, and these settings say 3"):
         train(quick(training={"max_steps": 3}, resume={"from": str(tmp_path / "four")}), tmp_path / "three")
+    with pytest.raises(TrainingError, match=r"four/.*/checkpoint-4: .* its adapter has rank 4, and these settings 2;"):
+        train(quick(model={"lora_rank": 2}, resume={"from": str(tmp_path / "four")}), tmp_path / "two")
     with pytest.raises(TrainingError, match="has no checkpoint"):
         train(quick(resume={"from": str(tmp_path / "nowhere")}), tmp_path / "none")
 

@@ -59,6 +59,11 @@ def train(
 
     Raises SettingsError, DataError, ModelError, AdapterError, OutputError or TrainingError.
     """
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise TrainingError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: train is one process, and several of them (torchrun) cannot "
+            "share its folder; start it without torchrun, or use SqueezeCallback in a script of your own"
+        )
     run = RunFolder(Path(folder))
     run.make()
     with only_one(run.path, patience=_PATIENCE):
@@ -253,6 +258,15 @@ def _train(
             raise
         # A process that makes batches adds where in its code it was; its last line is what was said.
         raise type(error)(str(error).rstrip().rpartition("\n")[2].partition("Error: ")[2]) from error
+    except RuntimeError as error:
+        if checkpoint is None or "loading state_dict" not in str(error):
+            raise
+        was, wanted = open_adapter(checkpoint).rank, _largest_rank(trainer.model)
+        why = f"its adapter has rank {was}, and these settings {wanted}" if was != wanted else _first_line(error)
+        raise TrainingError(
+            f"{checkpoint}: does not fit these settings: {why}; go on with the settings that it was trained with, or "
+            "leave out [resume] from"
+        ) from error
     except ValueError as error:
         if checkpoint is not None:
             raise TrainingError(f"{checkpoint}: cannot be continued: {error}; --overwrite begins anew") from error
@@ -260,6 +274,12 @@ def _train(
             raise DataError(f"{', '.join(settings.data.source)}: too few examples for a batch") from error
         raise
     return time.perf_counter() - begun
+
+
+def _first_line(error: Exception) -> str:
+    """What did not fit, after the line that says in which class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1:] or lines)[0]
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from lora_squeeze.annealing.schedule import Schedule, parse_schedule
 from lora_squeeze.annealing.targets import parse_targets
 from lora_squeeze.errors import LoraSqueezeError, SettingsError
-from lora_squeeze.sections import ONE_WILL_DO, build, choice, read_toml
+from lora_squeeze.sections import ONE_WILL_DO, build, choice, document_of, read_toml
 from lora_squeeze.settings import ModelSettings, SqueezeSettings
 
 __all__ = [
@@ -32,6 +32,15 @@ __all__ = [
 ]
 
 METHODS = ("sft", "classify", "dpo", "grpo")
+# Keys of [training] that not every method heeds.
+_OF_METHODS = {
+    "group_size": ("grpo",),
+    "max_tokens": ("grpo",),
+    "temperature": ("grpo",),
+    "top_p": ("grpo",),
+    "beta": ("dpo", "grpo"),
+    "completion_only": ("sft",),
+}
 DEFAULT_RANK = 64
 DEFAULT_STEPS = 500
 
@@ -260,7 +269,24 @@ def _problems(settings: RunSettings) -> list[str]:
         problems.append("[reward] pattern is missing: what shall a completion match?")
     if settings.reward.pattern and settings.reward.type != "regex":
         problems.append('[reward] pattern needs type = "regex"')
-    return problems + _schedule_problems(settings)
+    return problems + _without_effect(settings) + _schedule_problems(settings)
+
+
+def _without_effect(settings: RunSettings) -> list[str]:
+    """What is said and would not be heeded."""
+    method, trained = settings.method, document_of(settings.training)
+    problems: list[str] = []
+    if settings.model.adapter:
+        problems += [
+            f"[lora] {key} is that of a fresh LoRA, and [model] adapter brings its own: leave it out"
+            for key in document_of(settings.lora)
+        ]
+    if settings.data.eval_source and settings.data.eval_fraction:
+        problems.append("[data] eval_source and eval_fraction both say what is held out: leave one of them out")
+    for key, methods in _OF_METHODS.items():
+        if key in trained and method not in methods:
+            problems.append(f"[training] {key} belongs to method {' or '.join(methods)}, not to {method}: leave it out")
+    return problems
 
 
 def _at_least(settings: RunSettings) -> list[tuple[str, str, Any, int]]:
@@ -293,8 +319,7 @@ def _at_least(settings: RunSettings) -> list[tuple[str, str, Any, int]]:
 def _schedule_problems(settings: RunSettings) -> list[str]:
     chosen = settings.in_squeeze
     if not chosen.schedule:
-        given = [key for key in ("target_rank", "ranks") if getattr(chosen, key)]
-        return [f'[in_squeeze] {key} needs a schedule, such as "minimum"' for key in given]
+        return [f'[in_squeeze] {key} needs a schedule, such as "equal"' for key in document_of(chosen)]
     if bad := [rank for rank in chosen.lr_by_rank if not rank.isdecimal()]:
         return [f"[in_squeeze] lr_by_rank: '{bad[0]}' is not a rank"]
     if bad := [rank for rank, rate in chosen.lr_by_rank.items() if not rate > 0]:
