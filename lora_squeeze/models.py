@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 from lora_squeeze.errors import AdapterError, ModelError
 from lora_squeeze.extras import require
 from lora_squeeze.peft_names import CONFIG
+from lora_squeeze.precision import hold_in_float32
 from lora_squeeze.seeing import Seeing, seeing_of
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "load_model",
     "load_seeing",
     "load_tokenizer",
+    "pad_like",
     "plain_template",
     "task_of",
     "use_adapter",
@@ -250,9 +252,11 @@ def attach_lora(
         use_dora=dora,
     )
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"no LoRA can be attached to {type(model).__name__}: {_reason(error)}") from error
+    hold_in_float32(adapted)
+    return adapted
 
 
 def _targets(names: Sequence[str]) -> list[str] | str:
@@ -289,7 +293,10 @@ def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str 
     if Path(path).exists() and not (Path(path) / CONFIG).exists():
         raise AdapterError(f"{path}: holds no {CONFIG}; only PEFT adapters can be loaded onto a model")
     with _loading(path, model):
-        return peft.PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
+        adapted = peft.PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
+    if trainable:
+        hold_in_float32(adapted, name=name)
+    return adapted
 
 
 def use_adapter(model: Any, path: str, *, name: str) -> None:
@@ -325,6 +332,12 @@ def _check_complete(path: str, model: Any, said: Sequence[warnings.WarningMessag
                 f"{path}: does not fit {type(model).__name__}, which would have factors where it has none (first: "
                 f"{first}); it was trained on another model, or on another class of it"
             )
+
+
+def pad_like(model: Any, tokenizer: Any) -> None:
+    """Tell a classifier which token its texts are padded with: causal ones look for the last token before these."""
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def task_of(model: Any) -> Task:

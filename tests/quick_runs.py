@@ -34,8 +34,6 @@ def quick(models):
                 "batch_size": 4,
                 "save_every": 2,
                 "lr": 5e-3,
-                "group_size": 4,
-                "max_tokens": 3,
             },
             "data": {"source": source},
             "logging": {"log_every": 1},
@@ -43,6 +41,9 @@ def quick(models):
         for name, section in sections.items():
             document[name] = {**document.get(name, {}), **section}
         built = build(RunSettings, document, "test")
+        if built.method == "grpo":
+            document["training"] = {"group_size": 4, "max_tokens": 3, **document["training"]}
+            built = build(RunSettings, document, "test")
         check(built, "test")
         return built
 

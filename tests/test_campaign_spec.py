@@ -69,7 +69,7 @@ def test_seeds_and_conditions_have_the_defaults_of_the_document_s_implementation
     found = campaign("[campaign]\n" + BARE)
     assert tuple(run.seed for run in found.runs) == SEEDS == (42, 101, 202, 303, 404, 505, 606, 707)
     assert found.runs[0].name == "sft_s42"
-    assert found.runs[0].settings.training.max_steps == 500
+    assert found.runs[0].settings.steps == 500
 
 
 def test_any_key_of_a_run_may_differ_between_conditions():

@@ -65,6 +65,19 @@ def test_explain_says_what_would_be_done_and_does_nothing(quick, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_epochs_alone_decide_and_are_explained(quick, tmp_path):
+    settings = quick("builtin:sums:16", in_squeeze={"schedule": "equal", "target_rank": 1})
+    document = document_of(settings)
+    del document["training"]["max_steps"]
+    document["training"] |= {"epochs": 2.0}
+    (tmp_path / "run.toml").write_text(to_toml(document))
+    result = invoke("train", tmp_path / "run.toml", "--explain")
+    told = dict(re.split(r"  +", line, maxsplit=1) for line in result.output.splitlines())
+    assert (told["steps"], told["in_squeeze"]) == ("2 epochs", "equal")
+    result = invoke("train", tmp_path / "run.toml", "--out", tmp_path / "run", "--json")
+    assert json.loads(result.stdout)["steps"] == 8
+
+
 def test_continue_is_cont_squeeze(quick, models, tmp_path):
     first = train(quick(), tmp_path / "first")
     command = ["continue", first.adapter, "--data", "builtin:sums:20", "--out", tmp_path / "second", "--rank", 2]
@@ -136,6 +149,13 @@ def test_mistakes_are_errors_without_a_traceback(quick, tmp_path):
     result = invoke("continue", tmp_path / "none", "--data", "builtin:sums", "--out", tmp_path / "x")
     assert (result.exit_code, f"{tmp_path / 'none'}: no such file or folder" in result.output) == (1, True)
     assert not (tmp_path / "x").exists()
+
+
+def test_several_processes_are_refused_before_anything_is_made(quick, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke("train", write_config(quick(), tmp_path / "run.toml"), "--out", tmp_path / "out")
+    assert (result.exit_code, "WORLD_SIZE = 2: train is one process" in result.output) == (1, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_record_or_settings_file_is_named(quick, tmp_path):

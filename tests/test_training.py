@@ -20,6 +20,7 @@ from lora_squeeze.errors import DataError, OutputError, TrainingError
 from lora_squeeze.models import attach_adapter, labels_of_adapter, load_model, load_tokenizer
 from lora_squeeze.report.training import metrics_line
 from lora_squeeze.sections import build, document_of, to_toml
+from lora_squeeze.training import run as running
 from lora_squeeze.training.folder import RunFolder
 from lora_squeeze.training.record import read_record
 from lora_squeeze.training.run import train
@@ -174,6 +175,25 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(method, source, stages
     assert not (folder.checkpoints / "checkpoint-99").exists()
 
 
+@pytest.mark.parametrize("sections", [{}, {"in_squeeze": {"schedule": "4@0, 2@50%"}}, {"training": {"epochs": 1.3}}])
+def test_a_run_that_ended_after_its_last_step_trains_no_further(sections, quick, tmp_path, monkeypatch):
+    steps = {"max_steps": 4} if "training" not in sections else {"max_steps": None}
+    base = quick("builtin:sums:15", data={"eval_fraction": 0.2}, in_squeeze=sections.get("in_squeeze", {}))
+    settings = replace(base, training=replace(base.training, **steps, **sections.get("training", {})))
+    unbroken = train(settings, tmp_path / "unbroken")
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(running, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "broken")
+    record = train(settings, tmp_path / "broken")
+    assert (record.steps, record.rank, record.seconds) == (4, unbroken.rank, 0.0)
+    measured = {key for key in unbroken.metrics if "loss" in key or "accuracy" in key}
+    assert {"loss", "train_loss", "eval_loss"} <= measured
+    assert {key: record.metrics[key] for key in measured} == {key: unbroken.metrics[key] for key in measured}
+    one, other = weights(tmp_path / "unbroken" / "final"), weights(tmp_path / "broken" / "final")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_a_finished_run_is_not_repeated(quick, tmp_path):
     record = train(quick(), tmp_path)
     written = (tmp_path / "final" / WEIGHTS).stat().st_mtime_ns
@@ -212,6 +232,10 @@ def test_a_run_may_go_on_from_another_s_checkpoint(quick, tmp_path):
     assert six.steps == 6
     resumed, direct = weights(tmp_path / "six" / "final"), weights(tmp_path / "direct" / "final")
     assert all(torch.equal(resumed[key], direct[key]) for key in direct)
+    with pytest.raises(TrainingError, match=r"checkpoint-4: 4 steps were trained already, and these settings say 3"):
+        train(quick(training={"max_steps": 3}, resume={"from": str(tmp_path / "four")}), tmp_path / "three")
+    with pytest.raises(TrainingError, match=r"four/.*/checkpoint-4: .* its adapter has rank 4, and these settings 2;"):
+        train(quick(model={"lora_rank": 2}, resume={"from": str(tmp_path / "four")}), tmp_path / "two")
     with pytest.raises(TrainingError, match="has no checkpoint"):
         train(quick(resume={"from": str(tmp_path / "nowhere")}), tmp_path / "none")
 

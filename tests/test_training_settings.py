@@ -54,6 +54,11 @@ def test_a_squeeze_after_training_may_not_contradict_itself_either(squeeze, mess
     assert f"[squeeze] {message}" in refusal(squeeze=squeeze)
 
 
+def test_epochs_need_no_other_key():
+    assert (settings().steps, settings(training={"max_steps": 7}).steps) == (500, 7)
+    assert settings(training={"epochs": 2}).steps == settings(training={"max_steps": 0, "epochs": 2}).steps == 0
+
+
 def test_every_section_has_a_default_for_every_key():
     assert RunSettings() == build(RunSettings, {}, "run.toml")
     for section in fields(RunSettings):
@@ -82,6 +87,8 @@ REFUSED = {
     "no model": ({"model": {"model": ""}}, "[model] model is missing"),
     "no data": ({"data": {"source": []}}, "[data] source is missing"),
     "no steps": ({"training": {"max_steps": 0}}, "for how long"),
+    "steps and epochs": ({"training": {"max_steps": 9, "epochs": 2}}, "max_steps = 9 and epochs = 2 are both given"),
+    "the default number of steps and epochs": ({"training": {"max_steps": 500, "epochs": 2}}, "are both given"),
     "negative steps": ({"training": {"max_steps": -1}}, "max_steps must be at least 0"),
     "an unknown method": ({"training": {"method": "ppo"}}, "'sft', 'classify', 'dpo', 'grpo'"),
     "no batch": ({"training": {"batch_size": 0}}, "batch_size must be at least 1"),
@@ -102,6 +109,31 @@ REFUSED = {
     "a schedule that rises": ({"in_squeeze": {"schedule": "standard", "target_rank": 128}}, "] ranks from 64"),
     "a schedule without ranks": ({"in_squeeze": {"schedule": "standard"}}, "[in_squeeze] a schedule needs its ranks"),
     "a rank without a schedule": ({"in_squeeze": {"target_rank": 8}}, "target_rank needs a schedule"),
+    "rates by rank without a schedule": ({"in_squeeze": {"lr_by_rank": {"8": 1e-3}}}, "lr_by_rank needs a schedule"),
+    "a policy without a schedule": ({"in_squeeze": {"rank_policy": "params"}}, "rank_policy needs a schedule"),
+    "alpha of an adapter": (
+        {"model": {"adapter": "a"}, "lora": {"alpha": 8}},
+        "[lora] alpha is that of a fresh LoRA, and [model] adapter brings its own: leave it out",
+    ),
+    "dropout of an adapter": ({"model": {"adapter": "a"}, "lora": {"dropout": 0.1}}, "[lora] dropout is that of a"),
+    "modules of an adapter": (
+        {"model": {"adapter": "a"}, "lora": {"target_modules": ["q_proj"]}},
+        "[lora] target_modules is that of a",
+    ),
+    "held out twice": (
+        {"data": {"eval_source": "a.jsonl", "eval_fraction": 0.1}},
+        "[data] eval_source and eval_fraction both say what is held out",
+    ),
+    "groups without grpo": ({"training": {"group_size": 4}}, "group_size belongs to method grpo, not to sft"),
+    "sampling without grpo": (
+        {"training": {"method": "dpo", "temperature": 0.7}},
+        "[training] temperature belongs to method grpo, not to dpo: leave it out",
+    ),
+    "beta in sft": ({"training": {"beta": 0.1}}, "[training] beta belongs to method dpo or grpo, not to sft"),
+    "prompts in dpo": (
+        {"training": {"method": "dpo", "completion_only": False}},
+        "[training] completion_only belongs to method sft, not to dpo",
+    ),
     "a rate for no rank": (
         {"in_squeeze": {"schedule": "equal", "target_rank": 8, "lr_by_rank": {"low": 1e-3}}},
         "'low' is not a rank",

@@ -122,7 +122,7 @@ class Manifest:
 
 def new_manifest(campaign: Campaign, config_file: str) -> Manifest:
     """Of a campaign that is about to begin."""
-    steps = campaign.settings.max_steps or campaign.common.training.max_steps
+    steps = campaign.settings.max_steps or campaign.common.steps
     return Manifest(
         timestamp=now(),
         config_file=config_file,

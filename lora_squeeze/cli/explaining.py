@@ -109,7 +109,7 @@ def explain_run(config: Path, settings: RunSettings, folder: Path) -> None:
     squeezed = f"{model.adapter}, squeezed to rank {model.squeeze_to}"
     tell("adapter", squeezed if model.squeeze_to else model.adapter, "model.adapter", "model.squeeze_to")
     tell("lora_rank", settings.rank or "that of the adapter", "model.lora_rank")
-    if schedule := settings.schedule(training.max_steps, settings.rank) if settings.rank else None:
+    if schedule := settings.schedule(settings.steps, settings.rank) if settings.steps and settings.rank else None:
         stages = zip(schedule.ranks, schedule.lengths, strict=True)
         tell("in_squeeze", ", ".join(f"{rank} for {steps} steps" for rank, steps in stages))
     else:
@@ -119,8 +119,8 @@ def explain_run(config: Path, settings: RunSettings, folder: Path) -> None:
         tell("held out", ", ".join(data.eval_source), "data.eval_source")
     elif data.eval_fraction:
         tell("held out", f"{data.eval_fraction:g} of the data", "data.eval_fraction")
-    if training.max_steps:
-        tell("steps", training.max_steps, "training.max_steps")
+    if settings.steps:
+        tell("steps", settings.steps, "training.max_steps")
     else:
         tell("steps", f"{training.epochs:g} epochs", "training.max_steps", "training.epochs")
     if grpo:

@@ -24,6 +24,7 @@ from lora_squeeze.models import (
     load_model,
     load_seeing,
     load_tokenizer,
+    pad_like,
 )
 from lora_squeeze.seeing import tokenizer_of
 
@@ -126,6 +127,8 @@ def open_subject(
     model = attach_adapter(model, adapters[0])
     for name, path in zip(names[1:], adapters[1:], strict=True):
         _attach_another(model, path, name)
+    if task == "sequence-classification":
+        pad_like(model, tokenizer_of(reader))
     model.eval()
     model.config.use_cache = False  # nothing is generated
     return Subject(

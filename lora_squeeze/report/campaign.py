@@ -29,7 +29,7 @@ def plan_table(campaign: Campaign) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for run in campaign.runs:
         settings = run.settings
-        steps = settings.training.max_steps or f"{settings.training.epochs:g} epochs"
+        steps = settings.steps or f"{settings.training.epochs:g} epochs"
         rank = str(settings.rank or "as the adapter")
         if settings.in_squeeze.schedule:
             rank += f", {settings.in_squeeze.schedule}"

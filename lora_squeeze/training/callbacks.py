@@ -26,6 +26,11 @@ class Recorder(TrainerCallback):
         self._folder = folder
         self._on_log = on_log
 
+    def remember(self) -> None:
+        """Begin with what was logged before the training was interrupted."""
+        for entry in self._folder.read_metrics():
+            self.latest.update({key: value for key, value in entry.items() if key != "step"})
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_given: Any) -> None:
         if self._on_log is not None and state.is_world_process_zero:
             self._on_log(state.global_step, state.max_steps, {})

@@ -5,6 +5,7 @@ metrics.jsonl     a line for each logging step
 checkpoints/      checkpoint-STEP: adapter, optimizer, scheduler, random states
 final/            the adapter, as PEFT reads it, with its tokenizer
 run.json          the record of the finished run
+wandb.txt         the id by which W&B knows it, if it reports there
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from lora_squeeze.errors import OutputError, SettingsError, TrainingError
 from lora_squeeze.formats.folder import new_file
-from lora_squeeze.sections import document_of, read_toml, to_toml
+from lora_squeeze.sections import build, document_of, read_toml, to_toml
 from lora_squeeze.training.record import RunRecord, read_record
 from lora_squeeze.training.settings import RunSettings, read_run_settings
 
-__all__ = ["RunFolder", "only_one"]
+__all__ = ["STATE", "RunFolder", "only_one"]
 
 # What may change between two starts of one run: where it reports to, how it is squeezed afterwards.
 _FREE = ("logging", "squeeze", "resume")
 
+_LOCK = ".lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # The last of what a checkpoint consists of: where it can be read, the rest is there.
-_LAST_FILE = "trainer_state.json"
+STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -71,27 +74,37 @@ class RunFolder:
         """The record of the finished run."""
         return self.path / "run.json"
 
+    @property
+    def wandb(self) -> Path:
+        """The id of its W&B run."""
+        return self.path / "wandb.txt"
+
     def finished(self) -> RunRecord | None:
         """The record, if the run has finished."""
         return read_record(self.record) if self.record.exists() and self.final.exists() else None
 
-    def begin(self, settings: RunSettings, *, overwrite: bool = False) -> None:
-        """Make the folder, or accept one that the same settings began.
-
-        Raises OutputError if something else lies there, TrainingError if the settings are others.
-        """
-        if overwrite and self.settings.exists():
-            shutil.rmtree(self.path)
-        document = document_of(settings)
-        if self.settings.exists():
-            if self._holds_work():
-                self._check_same(document)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    def make(self) -> None:
+        """Make the folder, unless it is there. Raises OutputError if something else than a run lies there."""
+        if self.path.exists() and not self._is_a_run():
             raise OutputError(f"{self.path}: exists and is not the folder of a run; choose another with --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def begin(self, settings: RunSettings, *, overwrite: bool = False) -> None:
+        """Write down the settings, or accept what the same settings began; while no other process works on the folder.
+
+        overwrite
+            remove what an earlier run wrote, and nothing else that lies there.
+
+        Raises TrainingError if the settings are others, OutputError if they need what would be removed.
+        """
+        if overwrite:
+            self._clear(settings)
+        document = document_of(settings)
+        if self.settings.exists() and self._holds_work():
+            self._check_same(document)
         with new_file(self.settings, overwrite=True) as file:
             file.write_text(to_toml(document), encoding="utf-8")
 
@@ -133,6 +146,36 @@ class RunFolder:
                 continue
         return entries
 
+    def _is_a_run(self) -> bool:
+        """Whether the folder is empty or a run's; files of this name are many programs' settings."""
+        if not self.path.is_dir():
+            return False
+        if not any(one.name != _LOCK for one in self.path.iterdir()):
+            return True
+        if not self.settings.is_file():
+            return False
+        try:
+            return bool(build(RunSettings, read_toml(self.settings), self.settings).data.source)
+        except SettingsError:  # damaged, or of another version
+            return (self.path / _LOCK).exists() or self.record.exists()
+
+    def _clear(self, settings: RunSettings) -> None:
+        # The settings stay, until others take their place: if this is interrupted, it is a run's folder still.
+        made = (self.record, self.wandb, self.metrics, self.final, self.squeezed, self.checkpoints)
+        removed = {one.resolve() for one in made}
+        for key, place in _read_by(settings):
+            origin = place.resolve()
+            if origin == self.path.resolve() or not removed.isdisjoint((origin, *origin.parents)):
+                raise OutputError(
+                    f"{self.path}: --overwrite would remove {place}, which {key} names; "
+                    "choose another folder with --out"
+                )
+        for one in made:
+            if one.is_dir() and not one.is_symlink():
+                shutil.rmtree(one)
+            else:
+                one.unlink(missing_ok=True)
+
     def _holds_work(self) -> bool:
         """Whether anything was made with the settings that lie there; not if the data or the model failed at once."""
         return any(path.exists() for path in (self.metrics, self.checkpoints, self.squeezed, self.final))
@@ -173,7 +216,7 @@ def only_one(folder: Path, *, patience: float = 0.0) -> Generator[None, None, No
     if not folder.is_dir():
         raise TrainingError(f"{folder}: no such folder")
     until = time.monotonic() + patience
-    with (folder / ".lock").open("w") as lock:
+    with (folder / _LOCK).open("w") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,12 +228,27 @@ def only_one(folder: Path, *, patience: float = 0.0) -> Generator[None, None, No
         yield
 
 
+def _read_by(settings: RunSettings) -> Iterator[tuple[str, Path]]:
+    """The files and folders on this disk that a run with these settings reads, with the keys that name them."""
+    named = [
+        ("[model] model", settings.model.model),
+        ("[model] adapter", settings.model.adapter),
+        ("[resume] from", settings.resume.from_),
+        *(("[data] source", source) for source in settings.data.source),
+        *(("[data] eval_source", source) for source in settings.data.eval_source),
+    ]
+    for key, source in named:
+        # A source may be a pattern, or a saved data set with the name of its split behind a colon.
+        places = (source, source.partition(":")[0], *glob(source))  # noqa: PTH207
+        yield from ((key, Path(place)) for place in places if place and Path(place).exists())
+
+
 def _said(section: dict[str, Any], key: str) -> str:
     return repr(section[key]) if key in section else "the default"
 
 
 def _is_complete(folder: Path, step: int) -> bool:
     try:
-        return json.loads((folder / _LAST_FILE).read_text(encoding="utf-8"))["global_step"] == step
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"] == step
     except (OSError, ValueError, KeyError, TypeError):
         return False

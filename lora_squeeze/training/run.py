@@ -6,8 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,10 +33,11 @@ from lora_squeeze.provenance import provenance_of
 from lora_squeeze.sections import document_of
 from lora_squeeze.seeing import Seeing
 from lora_squeeze.training.callbacks import OnLog, Recorder
-from lora_squeeze.training.folder import RunFolder, only_one
+from lora_squeeze.training.folder import STATE, RunFolder, only_one
 from lora_squeeze.training.inputs import Inputs, read_inputs
 from lora_squeeze.training.record import RunRecord, environment, write_record
 from lora_squeeze.training.settings import RunSettings
+from lora_squeeze.training.tracking import tracked
 from lora_squeeze.training.trainers import Prepared, trainer_of
 from lora_squeeze.verbs import compress_adapter
 
@@ -54,15 +54,21 @@ def train(
     A folder that holds the finished run is only read; one that the same settings began is continued
     from its last checkpoint.
     overwrite
-        begin anew, whatever is there of an earlier run.
+        begin anew: remove whatever is there of an earlier run, and nothing else.
     on_log
         called as on_log(step, steps, metrics) at each step; metrics are empty but when logged.
 
     Raises SettingsError, DataError, ModelError, AdapterError, OutputError or TrainingError.
     """
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise TrainingError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: train is one process, and several of them (torchrun) cannot "
+            "share its folder; start it without torchrun, or use SqueezeCallback in a script of your own"
+        )
     run = RunFolder(Path(folder))
-    run.begin(settings, overwrite=overwrite)
+    run.make()
     with only_one(run.path, patience=_PATIENCE):
+        run.begin(settings, overwrite=overwrite)
         return run.finished() or _trained(settings, run, on_log)
 
 
@@ -106,9 +112,10 @@ def _trained(settings: RunSettings, run: RunFolder, on_log: OnLog | None) -> Run
     trainer, notes = trainer_of(Prepared(settings, run, inputs, reader, model, callbacks))
     trainer.remove_callback(transformers.PrinterCallback)  # the recorder tells whoever wants to know
     checkpoint = _checkpoint(settings, run)
-    seconds = _train(trainer, settings, run, checkpoint)
-    if inputs.held_out:
-        trainer.evaluate()
+    with tracked(settings, run):  # the last evaluation is logged, too
+        seconds = _train(trainer, settings, run, recorder=recorder, checkpoint=checkpoint)
+        if inputs.held_out:
+            trainer.evaluate()
     _save(model, reader, inputs, run.final)
     record = RunRecord(
         method=settings.method,
@@ -243,51 +250,68 @@ def _checkpoint(settings: RunSettings, run: RunFolder) -> Path | None:
     return checkpoint
 
 
-def _train(trainer: Any, settings: RunSettings, run: RunFolder, checkpoint: Path | None) -> float:
-    """Train, and return the seconds it took."""
-    run.forget_metrics_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+def _train(
+    trainer: Any, settings: RunSettings, run: RunFolder, *, recorder: Recorder, checkpoint: Path | None
+) -> float:
+    """Train, and return the seconds it took; nothing is trained where the checkpoint is that of the last step."""
+    run.forget_metrics_after(_step_of(checkpoint) if checkpoint else 0)
+    recorder.remember()
     begun = time.perf_counter()
-    with _wandb(settings):
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (DataError, ModelError) as error:
-            if "Traceback" not in str(error):
-                raise
-            # A process that makes batches adds where in its code it was; its last line is what was said.
-            raise type(error)(str(error).rstrip().rpartition("\n")[2].partition("Error: ")[2]) from error
-        except ValueError as error:
-            if checkpoint is not None:
-                raise TrainingError(f"{checkpoint}: cannot be continued: {error}; --overwrite begins anew") from error
-            if "empty" in str(error) or "num_samples" in str(error):
-                raise DataError(f"{', '.join(settings.data.source)}: too few examples for a batch") from error
+    try:
+        if checkpoint and _is_last(checkpoint, trainer, settings):
+            _take_on(trainer, checkpoint)
+            return 0.0
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (DataError, ModelError) as error:
+        if "Traceback" not in str(error):
             raise
+        # A process that makes batches adds where in its code it was; its last line is what was said.
+        raise type(error)(str(error).rstrip().rpartition("\n")[2].partition("Error: ")[2]) from error
+    except RuntimeError as error:
+        if checkpoint is None or "loading state_dict" not in str(error):
+            raise
+        was, wanted = open_adapter(checkpoint).rank, _largest_rank(trainer.model)
+        why = f"its adapter has rank {was}, and these settings {wanted}" if was != wanted else _first_line(error)
+        raise TrainingError(
+            f"{checkpoint}: does not fit these settings: {why}; go on with the settings that it was trained with, or "
+            "leave out [resume] from"
+        ) from error
+    except ValueError as error:
+        if checkpoint is not None:
+            raise TrainingError(f"{checkpoint}: cannot be continued: {error}; --overwrite begins anew") from error
+        if "empty" in str(error) or "num_samples" in str(error):
+            raise DataError(f"{', '.join(settings.data.source)}: too few examples for a batch") from error
+        raise
     return time.perf_counter() - begun
 
 
-@contextmanager
-def _wandb(settings: RunSettings) -> Generator[None, None, None]:
-    """Tell transformers' W&B callback, which reads the environment, what `[logging]` says."""
-    logs = settings.logging
-    if not logs.wandb_project:
-        yield
-        return
-    wandb = require("wandb", "wandb")
-    given = {
-        "WANDB_PROJECT": logs.wandb_project,
-        "WANDB_ENTITY": logs.wandb_entity,
-        "WANDB_RUN_GROUP": logs.wandb_group,
-        "WANDB_TAGS": ",".join(logs.wandb_tags),
-    }
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update({name: value for name, value in given.items() if value})
-    try:
-        yield
-    finally:
-        wandb.finish()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+def _first_line(error: Exception) -> str:
+    """What did not fit, after the line that says in which class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1:] or lines)[0]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_last(checkpoint: Path, trainer: Any, settings: RunSettings) -> bool:
+    """Whether there is nothing left to train; transformers would take one step more before it looks."""
+    done, steps = _step_of(checkpoint), settings.steps
+    if not steps:
+        *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    if done > steps:
+        raise TrainingError(
+            f"{checkpoint}: {done} steps were trained already, and these settings say {steps}; raise [training] "
+            "max_steps or epochs, and begin anew with --overwrite"
+        )
+    return done == steps
+
+
+def _take_on(trainer: Any, checkpoint: Path) -> None:
+    """Give the model and the Trainer the weights and the step of a checkpoint, to evaluate and save them."""
+    trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    trainer.state = require("transformers", "train").TrainerState.load_from_json(str(checkpoint / STATE))
 
 
 def _save(model: Any, reader: Any, inputs: Inputs, final: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from lora_squeeze.annealing.schedule import Schedule, parse_schedule
 from lora_squeeze.annealing.targets import parse_targets
 from lora_squeeze.errors import LoraSqueezeError, SettingsError
-from lora_squeeze.sections import ONE_WILL_DO, build, choice, read_toml
+from lora_squeeze.sections import ONE_WILL_DO, build, choice, document_of, read_toml
 from lora_squeeze.settings import ModelSettings, SqueezeSettings, check_squeeze
 
 __all__ = [
@@ -32,7 +32,17 @@ __all__ = [
 ]
 
 METHODS = ("sft", "classify", "dpo", "grpo")
+# Keys of [training] that not every method heeds.
+_OF_METHODS = {
+    "group_size": ("grpo",),
+    "max_tokens": ("grpo",),
+    "temperature": ("grpo",),
+    "top_p": ("grpo",),
+    "beta": ("dpo", "grpo"),
+    "completion_only": ("sft",),
+}
 DEFAULT_RANK = 64
+DEFAULT_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,8 @@ class TrainingSettings:
 
     method: str = choice(("", *METHODS), "")  # "": grpo if there is a reward or an advantage_mode, else sft
     seed: int = 42
-    max_steps: int = 500  # optimizer steps; 0: `epochs`
-    epochs: float = 0.0  # passes over the data, if max_steps is 0
+    max_steps: int | None = None  # optimizer steps; not given: 500, or as many as `epochs` say
+    epochs: float = 0.0  # passes over the data, instead of max_steps
     batch_size: int = 8  # examples, in grpo prompts, of an optimizer step on each device
     gradient_accumulation: int = 1  # parts in which a batch is computed
     lr: float = 2e-4  # peak learning rate
@@ -180,6 +190,12 @@ class RunSettings:
         """The rank that training starts at; 0: that of the adapter that it starts from."""
         return self.model.squeeze_to or self.model.lora_rank or (0 if self.model.adapter else DEFAULT_RANK)
 
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps to take; 0: as many as `epochs` need, which is known once the data are."""
+        given = self.training.max_steps
+        return (0 if self.training.epochs else DEFAULT_STEPS) if given is None else given
+
     def schedule(self, steps: int, rank: int) -> Schedule | None:
         """Which rank is in force when, in so many steps from this rank. Raises RankError or SettingsError."""
         chosen = self.in_squeeze
@@ -224,9 +240,14 @@ def _problems(settings: RunSettings) -> list[str]:
     problems += [
         f"[{section}] {key} must be at least {least}, not {value}"
         for section, key, value, least in _at_least(settings)
-        if value < least
+        if value is not None and value < least
     ]
-    if not training.max_steps and not training.epochs:
+    if training.max_steps and training.epochs:
+        problems.append(
+            f"[training] max_steps = {training.max_steps} and epochs = {training.epochs:g} are both given, here or in "
+            "[campaign]: leave one of them out"
+        )
+    if not settings.steps and not training.epochs:
         problems.append("[training] max_steps and epochs are both 0: for how long shall it train?")
     if not 0 <= data.eval_fraction < 1:
         problems.append(f"[data] eval_fraction must be a fraction below 1, not {data.eval_fraction}")
@@ -250,7 +271,24 @@ def _problems(settings: RunSettings) -> list[str]:
         problems.append("[reward] pattern is missing: what shall a completion match?")
     if settings.reward.pattern and settings.reward.type != "regex":
         problems.append('[reward] pattern needs type = "regex"')
-    return problems + _schedule_problems(settings)
+    return problems + _without_effect(settings) + _schedule_problems(settings)
+
+
+def _without_effect(settings: RunSettings) -> list[str]:
+    """What is said and would not be heeded."""
+    method, trained = settings.method, document_of(settings.training)
+    problems: list[str] = []
+    if settings.model.adapter:
+        problems += [
+            f"[lora] {key} is that of a fresh LoRA, and [model] adapter brings its own: leave it out"
+            for key in document_of(settings.lora)
+        ]
+    if settings.data.eval_source and settings.data.eval_fraction:
+        problems.append("[data] eval_source and eval_fraction both say what is held out: leave one of them out")
+    for key, methods in _OF_METHODS.items():
+        if key in trained and method not in methods:
+            problems.append(f"[training] {key} belongs to method {' or '.join(methods)}, not to {method}: leave it out")
+    return problems
 
 
 def _at_least(settings: RunSettings) -> list[tuple[str, str, Any, int]]:
@@ -283,8 +321,7 @@ def _at_least(settings: RunSettings) -> list[tuple[str, str, Any, int]]:
 def _schedule_problems(settings: RunSettings) -> list[str]:
     chosen = settings.in_squeeze
     if not chosen.schedule:
-        given = [key for key in ("target_rank", "ranks") if getattr(chosen, key)]
-        return [f'[in_squeeze] {key} needs a schedule, such as "minimum"' for key in given]
+        return [f'[in_squeeze] {key} needs a schedule, such as "equal"' for key in document_of(chosen)]
     if bad := [rank for rank in chosen.lr_by_rank if not rank.isdecimal()]:
         return [f"[in_squeeze] lr_by_rank: '{bad[0]}' is not a rank"]
     if bad := [rank for rank, rate in chosen.lr_by_rank.items() if not rate > 0]:
@@ -296,7 +333,7 @@ def _schedule_problems(settings: RunSettings) -> list[str]:
     except LoraSqueezeError as error:
         return [f"[in_squeeze] rank_policy: {error}"]
     # With epochs, the number of steps is known once the data are; with an adapter, the rank once it is.
-    steps, rank = settings.training.max_steps, settings.rank
+    steps, rank = settings.steps, settings.rank
     if not steps or not rank:
         return []
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from lora_squeeze.collating import collate
 from lora_squeeze.encoding import Encoded
 from lora_squeeze.extras import require
+from lora_squeeze.models import pad_like
 from lora_squeeze.seeing import Seeing, tokenizer_of
 from lora_squeeze.training.folder import RunFolder
 from lora_squeeze.training.inputs import (
@@ -97,7 +98,7 @@ class _Shown:
 def _classify(prepared: Prepared) -> tuple[Any, tuple[str, ...]]:
     transformers = require("transformers", "train")
     inputs, tokenizer = prepared.inputs, prepared.tokenizer
-    prepared.model.config.pad_token_id = tokenizer.pad_token_id  # causal models find the last token by it
+    pad_like(prepared.model, tokenizer)
     training, held_out = (
         classes(examples, tokenizer, inputs.labels, prepared.settings)
         for examples in (inputs.training, inputs.held_out)
@@ -189,7 +190,7 @@ def _arguments(prepared: Prepared) -> dict[str, Any]:
     return {
         "output_dir": str(prepared.folder.checkpoints),
         "seed": training.seed,
-        "max_steps": training.max_steps or -1,
+        "max_steps": settings.steps or -1,
         "num_train_epochs": training.epochs or 1,
         "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": batch,
@@ -224,4 +225,6 @@ def _arguments(prepared: Prepared) -> dict[str, Any]:
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
+    found = prediction.predictions
+    logits = found[0] if isinstance(found, tuple) else found  # models with an encoder also give what that said
+    return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
