@@ -27,6 +27,7 @@ __all__ = [
     "SettingsError",
     "TrainingError",
     "UnsupportedAdapter",
+    "reason_of",
 ]
 
 
@@ -75,3 +76,9 @@ class MissingExtra(LoraSqueezeError):
 
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f"{module} is not installed; to use this: pip install 'lora-squeeze[{extra}]'")
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a library says of its failure; the kind of failure if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

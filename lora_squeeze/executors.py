@@ -16,7 +16,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any, Protocol
 
-from lora_squeeze.errors import LoraSqueezeError
+from lora_squeeze.errors import LoraSqueezeError, reason_of
 from lora_squeeze.extras import require
 from lora_squeeze.worker import Ending, Job, perform, spawn, verdict
 
@@ -201,7 +201,7 @@ class _Ray:
         try:
             return job, verdict(job, self._ray.get(ended))
         except Exception as error:  # a node or the task's own process was lost
-            return job, Ending(1, f"Ray lost it: {str(error).splitlines()[0]}")
+            return job, Ending(1, f"Ray lost it: {reason_of(error)}")
 
     def close(self) -> None:
         for task in self._jobs:

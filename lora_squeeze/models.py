@@ -1,8 +1,6 @@
-"""Base models and adapters as PEFT and transformers hold them: load, attach, name what is missing.
+"""Base models as transformers holds them: load them and their tokenizers, name what is missing.
 
-    tokenizer = load_tokenizer("models/base")
-    model = attach_lora(load_model("models/base"), rank=64)
-    model = attach_adapter(load_model("models/base"), "my-adapter")
+    tokenizer, model = load_tokenizer("models/base"), load_model("models/base")
 
     seeing = load_seeing("models/that-sees")
 
@@ -12,48 +10,33 @@ dequantised.
 
 from __future__ import annotations
 
-import json
-import re
-import warnings
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_squeeze.errors import AdapterError, ModelError
+from lora_squeeze.errors import ModelError, reason_of
 from lora_squeeze.extras import require
-from lora_squeeze.peft_names import CONFIG
-from lora_squeeze.precision import hold_in_float32
 from lora_squeeze.seeing import Seeing, seeing_of
 
 __all__ = [
     "DTYPES",
-    "LABELS",
     "PLAIN_TEMPLATE",
     "QUANTIZATIONS",
     "TASKS",
     "Task",
-    "attach_adapter",
-    "attach_lora",
-    "base_of",
     "device_of",
-    "labels_of_adapter",
     "load_model",
     "load_seeing",
     "load_tokenizer",
     "pad_like",
     "plain_template",
     "task_of",
-    "use_adapter",
-    "write_labels",
 ]
 
 Task = Literal["causal-lm", "image-text-to-text", "sequence-classification"]
 TASKS: tuple[str, ...] = get_args(Task)
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 QUANTIZATIONS = ("4bit", "8bit")
-
-LABELS = "labels.json"  # beside an adapter that classifies: what its classes are called
 
 
 def plain_template(image_token: str = "") -> str:
@@ -74,13 +57,11 @@ def plain_template(image_token: str = "") -> str:
 
 PLAIN_TEMPLATE = plain_template()
 
-_PLAIN_NAME = re.compile(r"[\w.-]+")
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "image-text-to-text": "AutoModelForImageTextToText",
     "sequence-classification": "AutoModelForSequenceClassification",
 }
-_PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
 def device_of(name: str = "auto") -> str:
@@ -91,7 +72,7 @@ def device_of(name: str = "auto") -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"device '{name}' cannot be used: {reason_of(error)}") from error
     return name
 
 
@@ -106,7 +87,7 @@ def load_tokenizer(source: str, *, revision: str = "") -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # OSError, ValueError, KeyError, network errors: whatever was in the files
-        raise ModelError(f"{source}: its tokenizer cannot be loaded: {_reason(error)}") from error
+        raise ModelError(f"{source}: its tokenizer cannot be loaded: {reason_of(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -183,7 +164,7 @@ def load_model(
     try:
         model = _from_pretrained(task, where, dtype=wanted, **options)
     except Exception as error:  # OSError, ValueError, KeyError, network errors: whatever was in the files
-        raise ModelError(f"{source}: cannot be loaded as {task}: {_reason(error)}") from error
+        raise ModelError(f"{source}: cannot be loaded as {task}: {reason_of(error)}") from error
     if "gguf_file" in options:
         _forget_quantisation(model)
     return (model if quantization else model.to(place)).eval()
@@ -216,124 +197,6 @@ def _quantized(quantization: str, dtype: str) -> Any:
     )
 
 
-def attach_lora(
-    model: Any,
-    *,
-    rank: int,
-    alpha: float = 0,
-    dropout: float = 0.0,
-    target_modules: Sequence[str] = (),
-    modules_to_save: Sequence[str] = (),
-    rslora: bool = False,
-    dora: bool = False,
-) -> Any:
-    """Give a base model a fresh LoRA to train, and return the PeftModel.
-
-    alpha
-        0: twice the rank.
-    target_modules
-        names, or ends of names, of modules, or regular expressions for them; none: every linear layer but the head.
-        Of a model that sees, names mean its text part alone; a regular expression reaches the rest, too.
-
-    Raises ModelError if nothing in the model has these names.
-    """
-    peft = require("peft", "train")
-    by_name = all(map(_PLAIN_NAME.fullmatch, target_modules))
-    text_part = _text_part(model)
-    config = peft.LoraConfig(
-        task_type=_PEFT_TASKS[task_of(model)],
-        r=rank,
-        lora_alpha=alpha or 2 * rank,
-        lora_dropout=dropout,
-        target_modules=_targets(target_modules or _linear_names(model, text_part)),
-        exclude_modules=rf"(?!{re.escape(text_part)}\.).*" if text_part and by_name else None,
-        modules_to_save=list(modules_to_save) or None,
-        use_rslora=rslora,
-        use_dora=dora,
-    )
-    try:
-        adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(f"no LoRA can be attached to {type(model).__name__}: {_reason(error)}") from error
-    hold_in_float32(adapted)
-    return adapted
-
-
-def _targets(names: Sequence[str]) -> list[str] | str:
-    """As PEFT takes them: names as a list, regular expressions as one that matches a whole name."""
-    if all(_PLAIN_NAME.fullmatch(name) for name in names):
-        return list(names) or "all-linear"
-    for name in names:
-        try:
-            re.compile(name)
-        except re.error as error:
-            raise ModelError(f"target_modules: '{name}' is neither a name nor a regular expression: {error}") from error
-    ends = "|".join(re.escape(name) if _PLAIN_NAME.fullmatch(name) else name for name in names)
-    return rf"(?:.*\.)?(?:{ends})"
-
-
-def _text_part(model: Any) -> str:
-    """The name of what is neither vision tower nor projector, in a model that sees; "" in others."""
-    if getattr(model.config, "vision_config", None) is None:
-        return ""
-    decoder = model.get_decoder()
-    return next((name for name, module in model.named_modules() if module is decoder), "")
-
-
-def _linear_names(model: Any, part: str) -> list[str]:
-    """The last names of the linear layers in a part of a model; none for "", where PEFT knows which is the head."""
-    torch = require("torch", "train")
-    layers = model.get_submodule(part).named_modules() if part else ()
-    return sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, torch.nn.Linear)})
-
-
-def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str = "default") -> Any:
-    """Load a saved adapter onto its base model, and return the PeftModel. Raises AdapterError."""
-    peft = require("peft", "train")
-    if Path(path).exists() and not (Path(path) / CONFIG).exists():
-        raise AdapterError(f"{path}: holds no {CONFIG}; only PEFT adapters can be loaded onto a model")
-    with _loading(path, model):
-        adapted = peft.PeftModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
-    if trainable:
-        hold_in_float32(adapted, name=name)
-    return adapted
-
-
-def use_adapter(model: Any, path: str, *, name: str) -> None:
-    """Load a saved adapter beside those that a PeftModel has, and let it be the one that computes.
-
-    Raises AdapterError.
-    """
-    with _loading(path, model.get_base_model()):
-        model.load_adapter(path, name)
-    model.set_adapter(name)
-
-
-@contextmanager
-def _loading(path: str, model: Any) -> Generator[None, None, None]:
-    """What PEFT says of an adapter that does not fit, as an AdapterError."""
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            yield
-    except Exception as error:  # a missing file, other shapes, an unknown type: whatever was in the folder
-        raise AdapterError(f"{path}: cannot be loaded onto {type(model).__name__}: {_reason(error)}") from error
-    _check_complete(path, model, said)
-
-
-def _check_complete(path: str, model: Any, said: Sequence[warnings.WarningMessage]) -> None:
-    """PEFT leaves factors that it does not find as they begin, which change nothing, and only warns."""
-    for one in said:
-        if "missing adapter keys" not in str(one.message):
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-        else:
-            first = str(one.message).partition("['")[2].partition("'")[0]
-            raise AdapterError(
-                f"{path}: does not fit {type(model).__name__}, which would have factors where it has none (first: "
-                f"{first}); it was trained on another model, or on another class of it"
-            )
-
-
 def pad_like(model: Any, tokenizer: Any) -> None:
     """Tell a classifier which token its texts are padded with: causal ones look for the last token before these."""
     for config in (model.config, model.config.get_text_config()):
@@ -345,38 +208,6 @@ def task_of(model: Any) -> Task:
     while hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return "sequence-classification" if "SequenceClassification" in type(model).__name__ else "causal-lm"
-
-
-def base_of(path: str) -> tuple[str, Task]:
-    """The base model that an adapter names, and what it is for. Raises AdapterError if it names none."""
-    file = Path(path) / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path}: holds no {CONFIG}; only PEFT adapters can be loaded onto a model") from error
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file}: cannot be read: {error}") from error
-    if not config.get("base_model_name_or_path"):
-        raise AdapterError(f"{file}: names no base model; say which with --base")
-    return config["base_model_name_or_path"], (
-        "sequence-classification" if config.get("task_type") == "SEQ_CLS" else "causal-lm"
-    )
-
-
-def write_labels(folder: Path, labels: Sequence[str]) -> None:
-    """Save what the classes are called beside an adapter."""
-    (folder / LABELS).write_text(json.dumps({"labels": list(labels)}, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def labels_of_adapter(path: str) -> tuple[str, ...]:
-    """What the classes of an adapter are called; none if `write_labels` left nothing. Raises AdapterError."""
-    file = Path(path) / LABELS
-    try:
-        return tuple(str(label) for label in json.loads(file.read_text(encoding="utf-8"))["labels"])
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{file}: cannot be read: {error}") from error
 
 
 def _where(source: str, revision: str) -> tuple[str, dict[str, Any]]:
@@ -404,10 +235,5 @@ def _forget_quantisation(model: Any) -> None:
 
 
 def _reads_only_text(error: Exception | None = None) -> str:
-    reason = f"it has no processor for them ({_reason(error)})" if error else "it reads only texts"
+    reason = f"it has no processor for them ({reason_of(error)})" if error else "it reads only texts"
     return f"{reason}; [data] columns = {{ image = '' }}, or --columns image=, ignores them"
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lora_squeeze.adapter import LoraLayer
-from lora_squeeze.errors import AdapterError, SettingsError
+from lora_squeeze.errors import AdapterError, SettingsError, reason_of
 from lora_squeeze.gram import second_moment
 
 __all__ = [
@@ -128,8 +128,9 @@ def check_device(device: str) -> None:
     try:
         torch.ones(1, device=device, dtype=torch.float64).sum().item()
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"device '{device}' cannot be used for float64: {reason}; 'cpu' always works") from error
+        raise SettingsError(
+            f"device '{device}' cannot be used for float64: {reason_of(error)}; 'cpu' always works"
+        ) from error
 
 
 def singular_values(layer: LoraLayer, found: Basis) -> tuple[float, ...]:

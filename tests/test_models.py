@@ -7,19 +7,9 @@ import pytest
 import torch
 from tiny import save_tiny_bert, save_tiny_gemma, save_tiny_llama
 
+from lora_squeeze.attaching import attach_adapter, attach_lora, base_of, labels_of_adapter, write_labels
 from lora_squeeze.errors import AdapterError, ModelError
-from lora_squeeze.models import (
-    PLAIN_TEMPLATE,
-    attach_adapter,
-    attach_lora,
-    base_of,
-    device_of,
-    labels_of_adapter,
-    load_model,
-    load_tokenizer,
-    task_of,
-    write_labels,
-)
+from lora_squeeze.models import PLAIN_TEMPLATE, device_of, load_model, load_tokenizer, task_of
 
 
 @pytest.fixture(scope="module")

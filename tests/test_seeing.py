@@ -24,12 +24,13 @@ from transformers import (
     LlavaProcessor,
 )
 
+from lora_squeeze.attaching import attach_lora
 from lora_squeeze.collating import collate
 from lora_squeeze.data import Chat, Choice, Completion, Message, Text, opened, picture_of
 from lora_squeeze.encoding import IGNORED, encode, pieces_of
 from lora_squeeze.errors import DataError, ModelError
 from lora_squeeze.evaluation.rows import rows_of
-from lora_squeeze.models import attach_lora, load_model, load_seeing, plain_template
+from lora_squeeze.models import load_model, load_seeing, plain_template
 from lora_squeeze.seeing import Seeing, seeing_of
 
 IN_PARTS = (

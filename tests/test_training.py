@@ -16,8 +16,9 @@ from quick_runs import WEIGHTS, models, quick, weights  # noqa: F401
 from test_hub import server  # noqa: F401
 
 from lora_squeeze import open_adapter
+from lora_squeeze.attaching import attach_adapter, labels_of_adapter
 from lora_squeeze.errors import DataError, OutputError, TrainingError
-from lora_squeeze.models import attach_adapter, labels_of_adapter, load_model, load_tokenizer
+from lora_squeeze.models import load_model, load_tokenizer
 from lora_squeeze.report.training import metrics_line
 from lora_squeeze.sections import build, document_of, to_toml
 from lora_squeeze.training import run as running

@@ -12,8 +12,9 @@ from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BartConfig, BartForSequenceClassification
 
+from lora_squeeze.attaching import attach_adapter, attach_lora
 from lora_squeeze.cli import main
-from lora_squeeze.models import attach_adapter, attach_lora, load_model
+from lora_squeeze.models import load_model
 from lora_squeeze.training.run import train
 
 CLASSIFY = {"training": {"method": "classify"}, "data": {"eval_fraction": 0.2}}

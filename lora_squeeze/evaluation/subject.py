@@ -11,21 +11,12 @@ from torch import Tensor
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.annealing.live import Site, place, sites
+from lora_squeeze.attaching import attach_adapter, base_of, labels_of_adapter
 from lora_squeeze.data import Example, Labelled, images_of, labels_of
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.remote import OnDownload
-from lora_squeeze.models import (
-    Task,
-    attach_adapter,
-    base_of,
-    device_of,
-    labels_of_adapter,
-    load_model,
-    load_seeing,
-    load_tokenizer,
-    pad_like,
-)
+from lora_squeeze.models import Task, device_of, load_model, load_seeing, load_tokenizer, pad_like
 from lora_squeeze.seeing import tokenizer_of
 
 __all__ = ["Contestant", "Subject", "activate", "contestant_of", "loaded", "open_subject", "without_adapter"]

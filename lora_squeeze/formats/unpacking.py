@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from lora_squeeze.errors import FetchError
+from lora_squeeze.errors import FetchError, reason_of
 from lora_squeeze.formats.remote import check_room, safe_name
 
 __all__ = ["MAX_MEMBERS", "unpack"]
@@ -67,17 +67,13 @@ def unpack(archive: Path, folder: Path, *, origin: str, limit: int) -> None:
             else:
                 total = _write(member, folder, name, total=total, origin=origin, limit=limit)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OverflowError) as error:
-        raise FetchError(
-            f"{origin}: the archive is damaged or cut off ({_first_line(error)}); fetch it again"
-        ) from error
+        raise FetchError(f"{origin}: the archive is damaged or cut off ({reason_of(error)}); fetch it again") from error
     except (NotImplementedError, RuntimeError) as error:  # zipfile: encrypted, or an unknown compression
-        raise FetchError(f"{origin}: the archive cannot be unpacked: {_first_line(error)}") from error
+        raise FetchError(f"{origin}: the archive cannot be unpacked: {reason_of(error)}") from error
     except gzip.BadGzipFile as error:
-        raise FetchError(
-            f"{origin}: the archive is damaged or cut off ({_first_line(error)}); fetch it again"
-        ) from error
+        raise FetchError(f"{origin}: the archive is damaged or cut off ({reason_of(error)}); fetch it again") from error
     except ValueError as error:  # tarfile and zipfile: numbers in headers that are none
-        raise FetchError(f"{origin}: the archive is damaged ({_first_line(error)}); fetch it again") from error
+        raise FetchError(f"{origin}: the archive is damaged ({reason_of(error)}); fetch it again") from error
 
 
 def _write(member: _Member, folder: Path, name: PurePosixPath, *, total: int, origin: str, limit: int) -> int:
@@ -196,7 +192,3 @@ class _Bounded(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -13,22 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_squeeze.annealing.callback import SqueezeCallback
+from lora_squeeze.attaching import attach_adapter, attach_lora, base_of, labels_of_adapter, use_adapter, write_labels
 from lora_squeeze.errors import AdapterError, DataError, ModelError, RankError, TrainingError
 from lora_squeeze.extras import require
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.folder import new_folder
-from lora_squeeze.models import (
-    Task,
-    attach_adapter,
-    attach_lora,
-    base_of,
-    labels_of_adapter,
-    load_model,
-    load_seeing,
-    load_tokenizer,
-    use_adapter,
-    write_labels,
-)
+from lora_squeeze.models import Task, load_model, load_seeing, load_tokenizer
 from lora_squeeze.provenance import provenance_of
 from lora_squeeze.sections import document_of
 from lora_squeeze.seeing import Seeing
