@@ -187,13 +187,9 @@ def test_several_policies_share_limits_and_runtime(tmp_path, adapter):
         assert config["rank_pattern"] == {}
 
 
-def test_several_policies_as_json_are_one_record_each(tmp_path, adapter):
-    text = prints("compress", adapter, tmp_path / "out", "--policy", "fixed=2", "--policy", "fixed=4", "--json")
-    records, decoder = [], json.JSONDecoder()
-    while text := text.strip():
-        record, end = decoder.raw_decode(text)
-        records.append(record)
-        text = text[end:]
+def test_several_policies_as_json_are_a_list_of_records(tmp_path, adapter):
+    options = ("--policy", "fixed=2", "--policy", "fixed=4", "--json")
+    records = json.loads(prints("compress", adapter, tmp_path / "out", *options))
     assert [record["policy"] for record in records] == ["fixed=2", "fixed=4"]
     for record in records:
         assert Path(record["output"]) == tmp_path / "out" / record["policy"]

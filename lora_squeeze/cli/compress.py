@@ -137,6 +137,7 @@ def compress_command(
     else:
         source = decomposed(adapter, method=method, device=device, calibration=calibration)
         plans = choose(source, policies, rank_options, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank)
+    records: list[str] = []
     for plan, one in zip(plans, outputs, strict=True):
         with progress(f"Squeezing {plan.policy}", len(adapter.layers)) as advance:
             compression = squeeze(
@@ -152,11 +153,16 @@ def compress_command(
                 overwrite=overwrite,
                 on_layer=advance,
             )
-        if plan is not plans[0] and not as_json:
-            click.echo()
-        print_record(compression, lambda record: compression_table(record, layers=layers), as_json=as_json)
+        if as_json and len(plans) > 1:
+            records.append(compression.to_json())
+        else:
+            if plan is not plans[0]:
+                click.echo()
+            print_record(compression, lambda record: compression_table(record, layers=layers), as_json=as_json)
         if repo:
             _push(compression, repo, private=private, commit_message=commit_message, as_json=as_json)
+    if records:
+        click.echo(f"[{', '.join(records)}]")
 
 
 def _check_push(repo: str, private: bool, commit_message: str, policies: tuple[str, ...]) -> None:
