@@ -114,6 +114,12 @@ def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch, source, spe
         compress_adapter(source, spelling, 2)
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="needs a disk that is mounted somewhere")
+def test_a_mounted_disk_is_not_replaced(source):
+    with pytest.raises(OutputError, match="a disk is mounted there"):
+        compress_adapter(source, "/dev/shm", 2)
+
+
 @pytest.mark.parametrize("there", ["an empty folder", "an old output", "nothing"])
 def test_an_output_that_is_a_link_stays_one(tmp_path, source, there):
     if there == "an old output":

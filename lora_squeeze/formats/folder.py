@@ -90,6 +90,11 @@ def _check_folder(output: Path) -> None:
             f"{output}: is the folder you are in, or one around it, and a new one would take its place; "
             f"choose another output, as {output / 'squeezed'}"
         )
+    if output.is_mount():
+        raise OutputError(
+            f"{output}: a disk is mounted there, and nothing can take its place; choose a folder in it, as "
+            f"{output / 'squeezed'}"
+        )
     if names and CONFIG not in names:
         raise OutputError(
             f"{output}: is no adapter's folder (it holds '{names[0]}'), so not even --overwrite replaces it; choose "
