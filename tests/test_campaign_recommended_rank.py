@@ -29,13 +29,13 @@ def breaks_down(monkeypatch):
     """Lets the second run fail once, after the checkpoint of its second step; says at which ranks runs began."""
     trained, ranks = training._train, []
 
-    def broken(trainer, settings, run, checkpoint):
+    def broken(trainer, settings, run, **options):
         ranks.append(settings.model.lora_rank)
         if len(ranks) == 2:
             trainer.args.max_steps = 2
-            trained(trainer, settings, run, checkpoint)
+            trained(trainer, settings, run, **options)
             raise RuntimeError("the power is gone")
-        return trained(trainer, settings, run, checkpoint)
+        return trained(trainer, settings, run, **options)
 
     monkeypatch.setattr(training, "_train", broken)
     return ranks

@@ -26,7 +26,7 @@ def odd_value(one, number):
         str: f"odd-{one.name}",
         list: [f"odd-{one.name}"] if "str" in str(one.type) else [7000 + number],
         dict: {f"odd-{one.name}": 7000 + number},
-    }[type(default)]
+    }[int if one.type == "int | None" else type(default)]
 
 
 def everything(section):
