@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,8 @@ class Limits:
     equal
         patterns, or names of EQUAL: layers whose names differ only in what the pattern matches get
         the same rank, the largest that any of them needs.
+    one_rank
+        all layers get the same rank, but for those that rank_for gives another (such as 0: left out).
     """
 
     min_rank: int | None = None
@@ -59,6 +61,7 @@ class Limits:
     steps: tuple[int, ...] = ()
     rank_for: tuple[tuple[str, int], ...] = ()
     equal: tuple[str, ...] = ()
+    one_rank: bool = False
 
 
 NO_LIMITS = Limits()
@@ -107,6 +110,8 @@ def groups(layers: Sequence[Ranked], limits: Limits, *, least: int = 0) -> list[
             if any(expression.match(whole(layer.name)) for layer in layers):
                 raise RankError(f"rank_for '{pattern}' decides nothing: a pattern before it matches the same layers")
             raise RankError(f"rank_for '{pattern}' matches no layer; the first layer is '{layers[0].name}'")
+    if limits.one_rank:
+        members = _together(members, apart=forced)
     least = least if limits.min_rank is None else limits.min_rank
     cache: dict[tuple[int, int], Sequence[int]] = {}
     found: list[Group] = []
@@ -120,6 +125,14 @@ def groups(layers: Sequence[Ranked], limits: Limits, *, least: int = 0) -> list[
             allowed = cache.setdefault((own, lowest), _allowed(own, limits, lowest))
         found.append(Group(tuple(positions), allowed))
     return found
+
+
+def _together(members: Mapping[str, list[int]], *, apart: Collection[str]) -> dict[str, list[int]]:
+    """All groups as one, but for some; "" is the name of no layer."""
+    found: dict[str, list[int]] = {}
+    for key, positions in members.items():
+        found.setdefault(key if key in apart else "", []).extend(positions)
+    return {key: sorted(positions) for key, positions in found.items()}
 
 
 def _check(limits: Limits) -> None:
@@ -160,10 +173,9 @@ def _group_keys(layers: Sequence[Ranked], equal: Iterable[str]) -> list[str]:
             expression = re.compile(EQUAL.get(pattern, pattern))
         except re.error as error:
             raise RankError(f"equal '{pattern}' is not a regular expression: {error}") from error
-        replaced = [expression.sub("*", key) for key in keys]
-        if replaced == keys:
+        if not any(expression.search(layer.name) for layer in layers):
             raise RankError(f"equal '{pattern}' matches no layer; the first layer is '{layers[0].name}'")
-        keys = replaced
+        keys = [expression.sub("*", key) for key in keys]
     return [whole(key) for key in keys]
 
 

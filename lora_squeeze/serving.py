@@ -346,16 +346,22 @@ def refuse_unloadable(adapter: Adapter, runtime: str, *, max_lora_rank: int | No
 
 
 def limits_for(runtime: str, limits: Limits, *, max_lora_rank: int | None = None) -> Limits:
-    """The limits, tightened to what this runtime loads: its largest rank, and equal ranks if need be.
+    """The limits, tightened to what this runtime loads: its largest rank, and one rank if need be.
 
     Where layers may not differ in rank, smaller ones would be padded with zeros: the bytes are spent
-    anyway, so all layers get the same rank.
+    anyway, so all layers get the same rank, but for those that are left out. Raises RankError for a
+    rank of their own for some.
     """
     cap = rank_cap(runtime, max_lora_rank)
     if cap is not None:
         limits = replace(limits, max_rank=cap if limits.max_rank is None else min(cap, limits.max_rank))
     if not rules_of(runtime).mixed_ranks:
-        limits = replace(limits, equal=(*limits.equal, ".+"))
+        if own := next((f"{pattern}={rank}" for pattern, rank in limits.rank_for if rank > 0), None):
+            raise RankError(
+                f"rank_for '{own}': {runtime} has one rank for all layers, so none can have its own; leave it out, or "
+                "give those layers rank 0 to leave them out"
+            )
+        limits = replace(limits, one_rank=True)
     return limits
 
 

@@ -240,10 +240,24 @@ def test_limits_that_contradict_the_cap_are_refused(deep):
             choose_ranks(deep, "energy=0.9", runtime="vllm", limits=limits)
 
 
-def test_overrides_that_differ_are_refused_where_ranks_may_not(deep):
-    limits = Limits(rank_for=(("q_proj", 2), ("v_proj", 3)))
-    with pytest.raises(RankError, match="same rank"):
-        choose_ranks(deep, "energy=0.9", runtime="sglang", limits=limits)
+@pytest.mark.parametrize("runtime", ["sglang", "llamacpp"])
+def test_a_rank_of_their_own_is_refused_where_ranks_may_not_differ(deep, runtime):
+    with pytest.raises(RankError, match=rf"rank_for 'q_proj=2': {runtime} has one rank for all"):
+        choose_ranks(deep, "energy=0.9", runtime=runtime, limits=Limits(rank_for=(("q_proj", 2),)))
+
+
+@pytest.mark.parametrize("equal", [(), ("qkv",)], ids=str)
+def test_layers_may_be_left_out_where_ranks_may_not_differ(deep, equal):
+    limits = Limits(rank_for=(("down_proj", 0),), equal=equal)
+    plan = choose_ranks(deep, "energy=0.9", runtime="sglang", limits=limits)
+    left_out = {name for name, rank in plan.by_layer.items() if rank == 0}
+    assert left_out == {name for name in plan.by_layer if name.endswith("down_proj")} != set()
+    assert len(set(plan.by_layer.values())) == 2
+
+
+def test_one_group_for_all_may_be_asked_for_where_a_runtime_does(deep):
+    asked = choose_ranks(deep, "energy=0.9", runtime="sglang", limits=Limits(equal=(".+",)))
+    assert asked == choose_ranks(deep, "energy=0.9", runtime="sglang")
 
 
 def test_peft_needs_no_limits():
