@@ -21,9 +21,13 @@ from lora_squeeze.errors import RankError
 from lora_squeeze.limits import Group
 from lora_squeeze.records import Spectrum
 
-__all__ = ["cheapest_for_energy", "filled", "most_energy", "price_of", "smallest"]
+__all__ = ["Unreachable", "cheapest_for_energy", "filled", "most_energy", "price_of", "smallest"]
 
 _HALVINGS = 32  # of the price; what remains is taken one by one
+
+
+class Unreachable(RankError):
+    """The limits do not allow what a policy asks for; less of it may be possible."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def most_energy(
 def cheapest_for_energy(spectra: Sequence[Spectrum], groups: Sequence[Group], energy: float) -> list[int]:
     """The shortest prefix of the pooled components, largest first, that reaches this energy.
 
-    Raises RankError if the ranks allowed cannot reach it.
+    Raises Unreachable if the ranks allowed cannot reach it.
     """
     ladders = [_ladder(spectra, group, lambda _: 1) for group in groups]
 
@@ -76,7 +80,7 @@ def cheapest_for_energy(spectra: Sequence[Spectrum], groups: Sequence[Group], en
         position = next(following, None)
         if position is None:
             whole = sum(spectrum.energy for spectrum in spectra)
-            raise RankError(
+            raise Unreachable(
                 f"the limits on the ranks allow {kept(steps) / whole:.6g} of the energy to be kept, no more"
             )
         steps[position] += 1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from lora_squeeze.budget import Unreachable
 from lora_squeeze.errors import RankError
 from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.policies import POLICIES, Cost, fixed, params, size
@@ -97,6 +98,8 @@ def _largest_within(
     def attempt(exponent: float) -> tuple[bool, Ranks | None]:
         try:
             plan = plan_at(math.exp(exponent))
+        except Unreachable:
+            return False, None
         except RankError:  # nothing would be left: that is within any budget
             return True, None
         within = _parameters(spectra, plan) <= budget

@@ -130,6 +130,16 @@ def test_limits_hold_for_all_of_them(limits):
         assert not limits.equal or len(set(ranks[:4])) == 1
 
 
+def test_a_policy_that_the_limits_stop_short_is_listed_as_far_as_they_let_it():
+    spectra = random_spectra(5, rank=16)
+    limits = Limits(max_rank=8)
+    free = policies_at(spectra, 0.3, cost=cost_of(spectra))
+    limited = policies_at(spectra, 0.5, cost=cost_of(spectra), limits=limits)
+    assert {parse_policy(plan.policy).name for plan in free} <= {parse_policy(plan.policy).name for plan in limited}
+    (pooled,) = [plan for plan in limited if plan.policy.startswith("para-energy")]
+    assert set(pooled.by_layer.values()) == {8}  # half of the parameters is all that the limit leaves
+
+
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.01, 25, math.nan, math.inf])
 def test_fractions_that_are_none_are_refused(fraction):
     spectra = random_spectra(0)
