@@ -64,13 +64,22 @@ def _own_notes(
     if zero:
         notes.append(f"{len(zero)} of {len(spectra)} layers are exactly zero and do not count (first: {zero[0]})")
     by_energy = next((rank for rank, share in weighted.items() if share >= keep), max(weighted))
-    if by_energy != recommended:
+    if by_energy < recommended and by == "worst":
+        worst = min((s for s in spectra if s.energy > 0), key=lambda s: s.retained_variance(by_energy))
+        share = worst.energy / sum(s.energy for s in spectra)
         notes.append(
-            f"weighted by energy, rank {by_energy} is enough for {percent(keep)}: the {by} over layers and the energy "
+            f"weighted by energy, rank {by_energy} is enough for {percent(keep)}: the layer that asks for more, "
+            f"{worst.name}, has {share:.2%} of the energy"
+        )
+    elif by_energy < recommended:
+        notes.append(
+            f"weighted by energy, rank {by_energy} is enough for {percent(keep)}: the mean over layers and the energy "
             "disagree because layers of little energy count as much there as those that do the work"
-            if by_energy < recommended
-            else f"weighted by energy, only rank {by_energy} retains {percent(keep)}: the layers that do the work "
-            f"need more than the {by} over layers says"
+        )
+    elif by_energy > recommended:
+        notes.append(
+            f"weighted by energy, only rank {by_energy} retains {percent(keep)}: the layers that do the work need more "
+            "than the mean over layers says"
         )
     if recommended not in weighted:
         notes.append(f"no candidate retains {percent(keep)}: the recommendation is the source rank")

@@ -182,18 +182,24 @@ def para_energy(spectra: Sequence[Spectrum], keep: float, *, limits: Limits = NO
     return _planned(f"para-energy={spell(keep)}", spectra, found, cheapest_for_energy(spectra, found, target))
 
 
-def params(spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LIMITS) -> Ranks:
+def params(
+    spectra: Sequence[Spectrum], budget: float, *, limits: Limits = NO_LIMITS, whole: int | None = None
+) -> Ranks:
     """The components that keep most energy within a budget of parameters; a layer may fall to rank 0.
 
     budget
         up to 1: a fraction of the source's parameters; above: their number.
+    whole
+        how many the source has, where that is not what these spectra say of their ranks.
 
     A component costs out + in parameters and is worth σ² per parameter; never above the budget, and
     within one component of the optimum (see `lora_squeeze.budget`).
     """
     _check_positive("params", budget)
     found = groups(spectra, limits)
-    allowed = math.floor(budget * sum(s.rank * s.component_size for s in spectra) if budget <= 1 else budget)
+    if whole is None:
+        whole = sum(s.rank * s.component_size for s in spectra)
+    allowed = math.floor(budget * whole if budget <= 1 else budget)
 
     def cost(spectrum: Spectrum) -> int:
         return spectrum.component_size

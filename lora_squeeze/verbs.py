@@ -136,8 +136,9 @@ def _equal_ranks(chosen: Policy, spectra: Sequence[Spectrum], limits: Limits, op
     largest = max(spectrum.rank for spectrum in spectra)
     padded = [replace(spectrum, rank=largest) for spectrum in spectra]
     choose = chosen.choose
-    if chosen.name == "params" and chosen.value <= 1:
-        choose = partial(params, budget=chosen.value * sum(s.rank * s.component_size for s in spectra))
+    if chosen.name == "params":
+        whole = sum(spectrum.rank * spectrum.component_size for spectrum in spectra)
+        choose = partial(params, budget=chosen.value, whole=whole)
     ranks = choose(padded, limits=limits, **options)
     own = {spectrum.name: min(ranks.by_layer[spectrum.name], spectrum.rank) for spectrum in spectra}
     return Ranks(policy=chosen.spelling, by_layer=own)

@@ -83,6 +83,15 @@ def test_a_noise_layer_moves_the_mean_but_not_the_energy():
     assert "mean" in note
 
 
+def test_the_layer_for_which_the_worst_asks_for_more_is_named():
+    work, small = spectrum("work", 10.0, *[0.0] * 7), spectrum("small", *[0.5] * 8)
+    found = analyze([work, small], by="worst")
+    assert found.recommended_rank == 8
+    assert found.notes == (
+        "weighted by energy, rank 1 is enough for 95%: the layer that asks for more, small, has 1.96% of the energy",
+    )
+
+
 def test_many_small_layers_hide_a_large_one_that_needs_more():
     work = spectrum("work", 5.0, 5.0, 5.0, 5.0)
     found = analyze([work, *(spectrum(f"small{place}", 1e-3, 0.0, 0.0, 0.0) for place in range(19))])

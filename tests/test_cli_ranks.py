@@ -187,6 +187,13 @@ def test_several_policies_share_limits_and_runtime(tmp_path, adapter):
         assert config["rank_pattern"] == {}
 
 
+def test_compare_names_the_policies_that_cannot_go_so_low(adapter):
+    text = prints("compare", adapter, "--params", "0.01,0.5")
+    low, half = text.split("At most 50.00%")
+    assert "At most 1.00% of the parameters\nCannot go so low: fixed, variance," in low
+    assert "Cannot" not in half
+
+
 def test_several_policies_as_json_are_a_list_of_records(tmp_path, adapter):
     options = ("--policy", "fixed=2", "--policy", "fixed=4", "--json")
     records = json.loads(prints("compress", adapter, tmp_path / "out", *options))

@@ -65,6 +65,19 @@ def test_names_are_neither_mathematics_nor_markup(tmp_path):
     assert r"$\frac{1}$<script>&" in text_of((tmp_path / "energy.svg").read_bytes())
 
 
+@pytest.mark.parametrize("least", [9.0, 2.0, 0.5, 1e-4])
+def test_singular_values_of_any_spread_are_labelled_in_plain_numbers(tmp_path, least):
+    values = tuple(10 * (least / 10) ** (place / 7) for place in range(8))
+    exploration = explore_analysis(analyze([Spectrum("layer", 40, 30, 8, values)]))
+    draw("spectra", exploration, tmp_path / "spectra.svg")
+    labels = text_of((tmp_path / "spectra.svg").read_bytes())
+    assert "mathdefault" not in labels
+    ticks = re.findall(
+        r"(?<![\w.])\d[\d.]*(?:e[+-]?\d+)?(?![\w.])", labels.partition("component")[2].partition("singular value")[0]
+    )
+    assert len(ticks) >= 2
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises((MissingExtra, ModuleNotFoundError)) as raised:

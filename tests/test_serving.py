@@ -234,6 +234,12 @@ def test_a_budget_of_parameters_holds_for_the_padded_file(tmp_path, deep, runtim
     assert compression.parameters_after == written <= fraction * compression.parameters_before
 
 
+@pytest.mark.parametrize("runtime", ["", "sglang", "llamacpp"])
+def test_a_fraction_of_less_than_one_parameter_is_no_number_of_parameters(deep, runtime):
+    with pytest.raises(RankError, match="params=1e-06 is not possible"):
+        choose_ranks(deep, "params=0.000001", runtime=runtime, limits=Limits(min_rank=1))
+
+
 def test_limits_that_contradict_the_cap_are_refused(deep):
     for limits in (Limits(min_rank=20), Limits(rank_for=(("q_proj", 20),)), Limits(steps=(24, 32))):
         with pytest.raises(RankError, match="16"):

@@ -77,6 +77,7 @@ def _compare_policies(
 ) -> None:
     from lora_squeeze.comparison import compare_policies
     from lora_squeeze.compression import file_cost
+    from lora_squeeze.policies import POLICIES
     from lora_squeeze.records import outcomes_to_json
     from lora_squeeze.report.table import comparison_table
 
@@ -87,7 +88,8 @@ def _compare_policies(
     if as_json:
         click.echo(outcomes_to_json(outcomes))
     else:
-        print_table(comparison_table(outcomes, source=adapter.source))
+        table = comparison_table(outcomes, source=adapter.source, fractions=fractions, policies=POLICIES)
+        print_table(table)
 
 
 def _compare_adapters(

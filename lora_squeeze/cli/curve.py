@@ -12,6 +12,7 @@ from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.files import check_file, print_and_write, refuse_stray_overwrite
 from lora_squeeze.cli.options import as_json, calibration_option, parse_fractions
 from lora_squeeze.cli.output import print_record, progress_of
+from lora_squeeze.spelling import percent
 
 if TYPE_CHECKING:
     from lora_squeeze.measurements import Curve
@@ -91,6 +92,10 @@ def curve_command(
         lambda file: _write(found, file),
         overwrite=overwrite,
     )
+    drawn = {(point.policy, point.outcome.fraction) for point in found.points}
+    for fraction in fractions:
+        if missing := [name for name in policies or DEFAULT_POLICIES if (name, fraction) not in drawn]:
+            click.echo(f"Note: cannot go as low as {percent(fraction)}: {', '.join(missing)}", err=True)
 
 
 def _check(output: Path, adapter: str, *, overwrite: bool) -> None:

@@ -16,6 +16,7 @@ from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.measurements import Curve, CurvePoint
 from lora_squeeze.policies import POLICIES
 from lora_squeeze.records import Ranks
+from lora_squeeze.spelling import percent
 
 __all__ = ["curve"]
 
@@ -54,6 +55,10 @@ def curve(
         for plan in policies_at(found.spectra, fraction, cost=file_cost(found.adapter), limits=limits)
         if plan.policy.partition("=")[0] in policies
     ]
+    if not planned:
+        raise RankError(
+            f"none of {', '.join(policies)} can go as low as {percent(max(fractions))} of the parameters; ask for more"
+        )
     contestants: list[Contestant] = [loaded(subject)]
     places: dict[tuple[str, tuple[int, ...]], int] = {}
     for label, _, plan in planned:

@@ -120,7 +120,7 @@ def _spectra(figure: Any, exploration: Exploration) -> None:
         values = _positive(one.singular_values)
         axes.plot(range(1, len(values) + 1), values, color=colors(place / 8), lw=1.4, label=_short(one.name, 40))
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(require("matplotlib.ticker", "plots").FormatStrFormatter("%g"))
+    _log_numbers(axes.yaxis)
     axes.set(xlabel="component", ylabel="singular value", title="Spectra; in colour, the layers of most energy")
     if spectra:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
@@ -168,6 +168,13 @@ def _short(label: str, length: int) -> str:
 
 def _percent(axis: Any, *, digits: int = 0) -> None:
     axis.set_major_formatter(require("matplotlib.ticker", "plots").PercentFormatter(1.0, decimals=digits or None))
+
+
+def _log_numbers(axis: Any) -> None:
+    ticker = require("matplotlib.ticker", "plots")
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    # Within a decade or so the numbers between its ends are labelled, too; by default as mathematics.
+    axis.set_minor_formatter(ticker.LogFormatter(labelOnlyBase=False))
 
 
 def _log_percent(axis: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -112,10 +112,13 @@ def plan_table(ranks: Ranks, found: Outcome) -> RenderableType:
     return table
 
 
-def comparison_table(outcomes: Sequence[Outcome], *, source: str) -> RenderableType:
-    """Policies side by side, one table for each budget."""
+def comparison_table(
+    outcomes: Sequence[Outcome], *, source: str, fractions: Sequence[float], policies: Iterable[str]
+) -> RenderableType:
+    """Policies side by side, one table for each budget; those that cannot go so low are named below it."""
     parts: list[RenderableType] = [f"Adapter: {escape(source)}"]
-    for fraction in dict.fromkeys(one.fraction for one in outcomes):
+    for fraction in fractions:
+        found = {one.policy.partition("=")[0] for one in outcomes if one.fraction == fraction}
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("Policy")
         for heading in ("Parameters", "Energy kept", "Worst layer", "Largest rank", "Left out", "Weights"):
@@ -131,7 +134,9 @@ def comparison_table(outcomes: Sequence[Outcome], *, source: str) -> RenderableT
                     str(one.layers_left_out),
                     bytes_text(one.file_bytes),
                 )
-        parts += ["", f"At most {_percent(fraction or 0)} of the parameters", table]
+        parts += ["", f"At most {_percent(fraction)} of the parameters", *([table] if found else [])]
+        if missing := [name for name in policies if name not in found]:
+            parts.append(f"[dim]Cannot go so low: {', '.join(missing)}[/]")
     return Group(*parts)
 
 
