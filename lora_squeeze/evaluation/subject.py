@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.annealing.live import Site, place, sites
-from lora_squeeze.attaching import attach_adapter, base_of, labels_of_adapter
+from lora_squeeze.attaching import attach_adapter, attach_another, base_of, labels_of_adapter
 from lora_squeeze.data import Example, Labelled, images_of, labels_of
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats import open_adapter
@@ -117,7 +117,7 @@ def open_subject(
     names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
     model = attach_adapter(model, adapters[0])
     for name, path in zip(names[1:], adapters[1:], strict=True):
-        _attach_another(model, path, name)
+        attach_another(model, path, name=name)
     if task == "sequence-classification":
         pad_like(model, tokenizer_of(reader))
     model.eval()
@@ -182,14 +182,6 @@ def _label(source: str) -> str:
 
 def _as_loaded(model: Any, name: str) -> tuple[_Placed, ...]:
     return tuple((site, site.down.data, site.up.data, site.scale) for site in sites(model, name).values())
-
-
-def _attach_another(model: Any, path: str, name: str) -> None:
-    try:
-        model.load_adapter(path, adapter_name=name)
-    except Exception as error:  # other shapes, an unknown type: whatever was in the folder
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"{path}: cannot be loaded beside the first adapter: {reason}") from error
 
 
 def _labels(
