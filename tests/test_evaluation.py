@@ -1,24 +1,20 @@
 """What adapters score: against numbers computed one example at a time, in place against from disk."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from click.testing import CliRunner
 from evaluated import save_adapter
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from test_hub import server  # noqa: F401
 from tiny import save_tiny_bert, save_tiny_llama
 from torch.nn import functional
 
 from lora_squeeze import decompose, fixed, squeeze
-from lora_squeeze.attaching import attach_adapter, use_adapter
 from lora_squeeze.cli import main
 from lora_squeeze.data import Choice, Labelled, Text, read_examples
 from lora_squeeze.encoding import IGNORED
-from lora_squeeze.errors import AdapterError, DataError, MissingExtra, ModelError
+from lora_squeeze.errors import DataError, MissingExtra, ModelError
 from lora_squeeze.evaluation.measure import evaluate, run, squeezed, trial_of
 from lora_squeeze.evaluation.rows import rows_of
 from lora_squeeze.evaluation.subject import activate, loaded, open_subject, without_adapter
@@ -210,48 +206,6 @@ def test_data_that_do_not_fit_the_model(world):
         trial_of(subject, (Text("one"), Text("")), max_length=1)
     with pytest.raises(DataError, match=r"no \{text\} in it"):
         trial_of(subject, QUESTIONS, prompt="Question:")
-
-
-def test_classes_that_nobody_named_are_asked_for(world):
-    examples = tuple(Labelled("x", str(number)) for number in range(3))
-    with pytest.raises(DataError, match=r"head has 2 classes, and the data have 3.*--labels"):
-        classifier_subject(world, examples)
-
-
-def test_an_adapter_from_the_hub_is_loaded_from_its_copy(world, server):  # noqa: F811
-    server.add("user/repo", {file.name: file.read_bytes() for file in (world / "a").iterdir()})
-    subject = open_subject(["user/repo"], base=str(world / "llama"), dtype="f32")
-    assert subject.adapters["default"].origin.startswith("hf://user/repo@")
-
-
-def test_an_adapter_for_another_model_is_named(world):
-    with pytest.raises(AdapterError, match=r"d: cannot be loaded onto LlamaForCausalLM"):
-        open_subject([str(world / "a"), str(world / "d")], base=str(world / "llama"))
-
-
-def renamed(adapter, folder):
-    """The same factors under names that the model does not have, as of another class of it."""
-    shutil.copytree(adapter, folder)
-    file = folder / "adapter_model.safetensors"
-    named = {key.replace("model.layers", "model.transformer.layers"): one for key, one in load_file(file).items()}
-    assert not named.keys() & load_file(file).keys()
-    save_file(named, file, metadata={"format": "pt"})
-    return str(folder)
-
-
-def test_a_later_adapter_that_does_not_fit_is_refused_as_the_first_is(world, tmp_path):
-    stranger = renamed(world / "b", tmp_path / "stranger")
-    for paths in ([stranger], [str(world / "a"), stranger], [str(world / "a"), str(world / "b"), stranger]):
-        with pytest.raises(AdapterError, match=r"stranger: does not fit LlamaForCausalLM.*first: base_model"):
-            open_subject(paths, base=str(world / "llama"))
-
-
-def test_one_that_is_to_compute_is_refused_if_it_does_not_fit(world, tmp_path):
-    model = attach_adapter(load_model(str(world / "llama"), dtype="f32"), str(world / "a"))
-    with pytest.raises(AdapterError, match=r"stranger: does not fit LlamaForCausalLM"):
-        use_adapter(model, renamed(world / "b", tmp_path / "stranger"), name="evaluated")
-    use_adapter(model, str(world / "b"), name="again")
-    assert model.active_adapter == "again"
 
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------
