@@ -301,6 +301,21 @@ def test_the_table_says_what_is_noise(world):
     assert "20 examples" in done.output
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_table_says_that_a_handful_of_examples_says_nothing(world, count):
+    asked = ["evaluate", world / "a", world / "b", "--base", world / "llama", "--data", f"builtin:sums:{count}"]
+    done = cli(*asked)
+    assert done.exit_code == 0, done.output
+    (row,) = [line for line in done.output.splitlines() if line.startswith("b ")]
+    assert "too few examples" in row
+    assert "better" not in row
+    assert "worse" not in row
+    assert ("[" in row) == (count > 1)
+    assert "they are too few to say better or worse" in " ".join(done.output.split())
+    (record,) = json.loads(cli(*asked, "--json").stdout, parse_constant=pytest.fail)
+    assert (record["adapters"][1]["metrics"]["loss"]["difference_low"] is None) == (count == 1)
+
+
 def test_columns_limit_and_metrics(world, tmp_path):
     rows = [{"sentence": "good day", "sentiment": "positive"}, {"sentence": "bad", "sentiment": "negative"}] * 3
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
