@@ -23,6 +23,7 @@ from lora_squeeze.precision import hold_in_float32
 __all__ = [
     "LABELS",
     "attach_adapter",
+    "attach_another",
     "attach_lora",
     "base_of",
     "labels_of_adapter",
@@ -119,13 +120,21 @@ def attach_adapter(model: Any, path: str, *, trainable: bool = False, name: str 
     return adapted
 
 
+def attach_another(model: Any, path: str, *, name: str) -> None:
+    """Load a saved adapter beside those that a PeftModel has. Raises AdapterError, also for one that does not fit."""
+    base = model.get_base_model()
+    with _loading(path, base):
+        missing: Sequence[str] = model.load_adapter(path, name).missing_keys
+    if missing:  # only from_pretrained warns of these
+        raise _unfitting(path, base, missing[0])
+
+
 def use_adapter(model: Any, path: str, *, name: str) -> None:
     """Load a saved adapter beside those that a PeftModel has, and let it be the one that computes.
 
     Raises AdapterError.
     """
-    with _loading(path, model.get_base_model()):
-        model.load_adapter(path, name)
+    attach_another(model, path, name=name)
     model.set_adapter(name)
 
 
@@ -147,11 +156,14 @@ def _check_complete(path: str, model: Any, said: Sequence[warnings.WarningMessag
         if "missing adapter keys" not in str(one.message):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
         else:
-            first = str(one.message).partition("['")[2].partition("'")[0]
-            raise AdapterError(
-                f"{path}: does not fit {type(model).__name__}, which would have factors where it has none (first: "
-                f"{first}); it was trained on another model, or on another class of it"
-            )
+            raise _unfitting(path, model, str(one.message).partition("['")[2].partition("'")[0])
+
+
+def _unfitting(path: str, model: Any, first: str) -> AdapterError:
+    return AdapterError(
+        f"{path}: does not fit {type(model).__name__}, which would have factors where it has none (first: "
+        f"{first}); it was trained on another model, or on another class of it"
+    )
 
 
 def base_of(path: str) -> tuple[str, Task]:

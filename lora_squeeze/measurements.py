@@ -33,13 +33,15 @@ CRITERIA = ("loss", "accuracy", "agreement")  # what can be kept
 class Estimate:
     """A measured number with the middle 95 % of its bootstrap draws, and its difference to the original's.
 
+    low, high
+        None where there is no interval, as of a single example.
     verdict
-        "better", "worse", "within noise" or "same", of the difference; "" where there is none.
+        "better", "worse", "within noise" or "same", of the difference, or "too few examples"; "" where there is none.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None

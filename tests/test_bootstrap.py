@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_hub import server  # noqa: F401
 
-from lora_squeeze.evaluation.bootstrap import estimates
+from lora_squeeze.evaluation.bootstrap import estimates, judged
+from lora_squeeze.measurements import Estimate
 
 
 def scores_of(numbers, metric="accuracy", weights=None):
@@ -67,3 +67,57 @@ def test_the_same_seed_gives_the_same_interval():
     numbers = normal(50)
     runs = [estimates([scores_of(numbers)], ["accuracy"], seed=seed)[0]["accuracy"] for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
+
+
+def null_of(kind, count, seed):
+    """Two adapters that are equally good, on so many examples: metric, and the scores of both."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(count, generator=generator, dtype=torch.float64) for _ in "ab")
+    if kind == "right or wrong":
+        return "accuracy", scores_of((first > 0).double()), scores_of((second > 0).double())
+    if kind == "one or the other":
+        return "accuracy", scores_of((first > 0).double()), scores_of((first <= 0).double())
+    weights = torch.randint(3, 100, (count,), generator=generator).double() if kind == "texts" else torch.ones(count)
+    return "loss", scores_of(weights * first, "loss", weights), scores_of(weights * second, "loss", weights)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 7, 10, 25, 50, 99])
+@pytest.mark.parametrize("kind", ["losses", "texts", "right or wrong", "one or the other"])
+def test_where_there_is_no_difference_few_examples_seldom_claim_one(kind, count):
+    claimed = 0
+    for seed in range(300):
+        metric, first, second = null_of(kind, count, seed)
+        found = estimates([first, second], [metric], draws=200, seed=seed)[1][metric]
+        claimed += found.verdict in ("better", "worse")
+    assert claimed / 300 <= 0.085  # 0.05 and two standard errors, of this rate and of what 200 draws leave open
+
+
+def test_few_examples_have_wide_intervals_of_differences_and_no_verdict():
+    for count, verdict in ((2, "too few examples"), (5, "too few examples"), (6, "better"), (30, "better")):
+        found = estimates([scores_of(normal(count)), scores_of(normal(count) + 1 + normal(count, seed=1) / 100)],
+                          ["accuracy"])[1]["accuracy"]  # fmt: skip
+        assert found.verdict == verdict
+        error = float(normal(count, seed=1).std()) / 100 / count**0.5
+        student = {2: 12.706, 5: 2.776, 6: 2.571, 30: 2.045}[count]
+        assert found.difference_high - found.difference_low >= 2 * student * error * 0.95
+
+
+def test_one_example_has_no_interval():
+    first, second = (one["accuracy"] for one in estimates([scores_of([0.0]), scores_of([1.0])], ["accuracy"]))
+    assert first == Estimate(0.0, None, None)
+    assert second == Estimate(1.0, None, None, 1.0, None, None, "too few examples")
+
+
+def test_few_examples_that_are_all_the_same_are_so():
+    assert estimates([scores_of([1.0, 2.0])] * 2, ["accuracy"])[1]["accuracy"].verdict == "same"
+
+
+def test_many_examples_keep_the_middle_of_their_draws():
+    numbers = normal(100).exp()  # askew, so its interval is, too
+    found = estimates([scores_of(torch.zeros(100)), scores_of(numbers)], ["accuracy"])[1]["accuracy"]
+    assert (found.difference_low, found.difference_high) == (found.low, found.high)
+
+
+def test_without_an_interval_there_is_no_verdict():
+    assert judged(Estimate(1.0, None, None, 0.5), higher_is_better=True, examples=50).verdict == ""
+    assert judged(Estimate(1.0, 0.9, 1.1), higher_is_better=True, examples=50).verdict == ""

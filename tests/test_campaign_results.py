@@ -1,11 +1,14 @@
 """Numbers of a campaign: means with their errors, curves over seeds, gains with the right sign."""
 
+import random
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from lora_squeeze.campaign.manifest import Manifest, RunEntry
 from lora_squeeze.campaign.results import Mean, curve, main_metric, mean_of, metrics_of, squeezed_against_direct
+from lora_squeeze.report.campaign import gains_table
 
 
 def entry(condition: str, seed: int, rank: int, **metrics: float) -> RunEntry:
@@ -56,3 +59,27 @@ def test_gains_are_positive_where_squeezing_is_better_and_compare_like_with_like
     accuracy = squeezed_against_direct(found, squeezed, "eval_accuracy")[8, 2]
     assert accuracy.mean == pytest.approx(0)
     assert squeezed_against_direct(found, {}, "eval_loss") == {}
+
+
+def colours(*gains: Mean) -> list[str]:
+    """Of the cells of a row."""
+    console = Console(width=20 * len(gains) + 20, force_terminal=True, color_system="standard")
+    table = gains_table({(64, target): gain for target, gain in enumerate(gains, start=1)}, "eval_accuracy")
+    with console.capture() as shown:
+        console.print(table)
+    styles = {"\x1b[32m": "green", "\x1b[31m": "red", "\x1b[2m": "dim"}
+    cells = shown.get().splitlines()[-1].split("64", 1)[1].split("\x1b[0m")
+    return [colour for cell in cells for code, colour in styles.items() if code in cell]
+
+
+def test_gains_have_a_colour_only_where_noise_is_no_explanation():
+    found = [Mean(0.02, 0.004, 3), Mean(-0.02, 0.004, 3), Mean(0.02, 0.005, 3), Mean(-0.02, 0.005, 3), Mean(0.9, 0, 1)]
+    assert colours(*found) == ["green", "red", "dim", "dim", "dim"]
+    assert colours(Mean(0.02, 0.005, 5), Mean(0.02, 0.005, 2)) == ["green", "dim"]
+
+
+def test_gains_of_nothing_are_coloured_about_one_time_in_twenty():
+    generator = random.Random(0)
+    found = colours(*(mean_of(generator.gauss(0, 0.01) for _ in range(3)) for _ in range(400)))
+    assert len(found) == 400
+    assert sum(one != "dim" for one in found) / 400 < 0.08

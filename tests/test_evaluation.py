@@ -7,7 +7,6 @@ import torch
 from click.testing import CliRunner
 from evaluated import save_adapter
 from peft import PeftModel
-from test_hub import server  # noqa: F401
 from tiny import save_tiny_bert, save_tiny_llama
 from torch.nn import functional
 
@@ -15,7 +14,7 @@ from lora_squeeze import decompose, fixed, squeeze
 from lora_squeeze.cli import main
 from lora_squeeze.data import Choice, Labelled, Text, read_examples
 from lora_squeeze.encoding import IGNORED
-from lora_squeeze.errors import AdapterError, DataError, MissingExtra, ModelError
+from lora_squeeze.errors import DataError, MissingExtra, ModelError
 from lora_squeeze.evaluation.measure import evaluate, run, squeezed, trial_of
 from lora_squeeze.evaluation.rows import rows_of
 from lora_squeeze.evaluation.subject import activate, loaded, open_subject, without_adapter
@@ -209,23 +208,6 @@ def test_data_that_do_not_fit_the_model(world):
         trial_of(subject, QUESTIONS, prompt="Question:")
 
 
-def test_classes_that_nobody_named_are_asked_for(world):
-    examples = tuple(Labelled("x", str(number)) for number in range(3))
-    with pytest.raises(DataError, match=r"head has 2 classes, and the data have 3.*--labels"):
-        classifier_subject(world, examples)
-
-
-def test_an_adapter_from_the_hub_is_loaded_from_its_copy(world, server):  # noqa: F811
-    server.add("user/repo", {file.name: file.read_bytes() for file in (world / "a").iterdir()})
-    subject = open_subject(["user/repo"], base=str(world / "llama"), dtype="f32")
-    assert subject.adapters["default"].origin.startswith("hf://user/repo@")
-
-
-def test_an_adapter_for_another_model_is_named(world):
-    with pytest.raises(AdapterError, match=r"d: cannot be loaded beside the first"):
-        open_subject([str(world / "a"), str(world / "d")], base=str(world / "llama"))
-
-
 # --- lm-eval ----------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +299,21 @@ def test_the_table_says_what_is_noise(world):
     assert "the same" in lines["a fixed=4"]
     assert any(word in lines["b"] for word in ("worse", "better", "within noise"))
     assert "20 examples" in done.output
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_table_says_that_a_handful_of_examples_says_nothing(world, count):
+    asked = ["evaluate", world / "a", world / "b", "--base", world / "llama", "--data", f"builtin:sums:{count}"]
+    done = cli(*asked)
+    assert done.exit_code == 0, done.output
+    (row,) = [line for line in done.output.splitlines() if line.startswith("b ")]
+    assert "too few examples" in row
+    assert "better" not in row
+    assert "worse" not in row
+    assert ("[" in row) == (count > 1)
+    assert "they are too few to say better or worse" in " ".join(done.output.split())
+    (record,) = json.loads(cli(*asked, "--json").stdout, parse_constant=pytest.fail)
+    assert (record["adapters"][1]["metrics"]["loss"]["difference_low"] is None) == (count == 1)
 
 
 def test_columns_limit_and_metrics(world, tmp_path):

@@ -106,6 +106,17 @@ def test_a_result_of_chance_is_marked():
     assert judge(Criterion("accuracy", 1.0, confident=True), original, original) == (value, True, 1.0)
 
 
+def test_a_handful_of_examples_is_no_ground_for_confidence(world, tmp_path):
+    examples = read_examples("builtin:sums:5")
+    subject = subject_of(world, "a", examples)
+    asked = subject, decompose(subject.adapters["default"]), tmp_path / "out", trial_of(subject, examples)
+    with pytest.raises(DataError, match=r"5 examples are too few to be confident.*at least 6"):
+        keep_quality(*asked, Criterion("loss", 0.5, confident=True, draws=100))
+    assert not (tmp_path / "out").exists()
+    kept = keep_quality(*asked, Criterion("loss", 0.5, draws=100))
+    assert any("5 examples are too few to tell" in note for note in kept.compression.notes)
+
+
 def test_the_note_about_noise(world, tmp_path):
     for keep in (0.97, 0.98, 0.99, 0.995):
         kept = search(world, tmp_path, "loss", keep, overwrite=True)

@@ -34,6 +34,7 @@ ORDER = [
     "extras",
     "sizes",
     "spelling",
+    "student",
     "peft_names",
     "parallel",
     "scratch",

@@ -22,10 +22,9 @@ from lora_squeeze.evaluation.scoring import Scores
 from lora_squeeze.evaluation.subject import Contestant, Subject, activate
 from lora_squeeze.extras import require
 from lora_squeeze.measurements import Estimate, Evaluated, Evaluation
+from lora_squeeze.student import standard_errors
 
 __all__ = ["evaluate_tasks", "refuse_classifier"]
-
-_95 = 1.959964  # standard errors to either side
 
 
 def evaluate_tasks(
@@ -112,17 +111,18 @@ def _evaluation(
     paired = [name for name in reported[0] if all(name in one for one in scores)]
     found = estimates(scores, paired, draws=draws, seed=seed) if paired else [{} for _ in scores]
     higher = results[0].get("higher_is_better", {}).get(task, {})
+    documents = len({one["doc_id"] for one in results[0]["samples"][task]})
     adapters: list[Evaluated] = []
     for number, (one, own, values) in enumerate(zip(contestants, found, reported, strict=True)):
         metrics = {
             name: judged(
-                own.get(name) or _from_errors(value, reported[0][name], first=number == 0),
+                own.get(name) or _from_errors(value, reported[0][name], documents, first=number == 0),
                 higher_is_better=bool(higher.get(value.metric, True)),
+                examples=documents,
             )
             for name, value in values.items()
         }
         adapters.append(Evaluated(one.label, one.rank, one.parameters, metrics))
-    documents = len({one["doc_id"] for one in results[0]["samples"][task]})
     return Evaluation(subject.base, f"lm-eval {task}", documents, 0, tuple(adapters))
 
 
@@ -152,10 +152,18 @@ def _by_document(samples: Sequence[Mapping[str, Any]], reported: Mapping[str, _R
     return scores
 
 
-def _from_errors(own: _Reported, original: _Reported, *, first: bool) -> Estimate:
-    low, high = own.value - _95 * own.error, own.value + _95 * own.error
+def _from_errors(own: _Reported, original: _Reported, documents: int, *, first: bool) -> Estimate:
+    low, high = _around(own.value, own.error, documents)
     if first:
         return Estimate(own.value, low, high)
-    spread = _95 * math.hypot(own.error, original.error)
     difference = own.value - original.value
-    return Estimate(own.value, low, high, difference, difference - spread, difference + spread)
+    ends = _around(difference, math.hypot(own.error, original.error), documents)
+    return Estimate(own.value, low, high, difference, *ends)
+
+
+def _around(value: float, error: float, documents: int) -> tuple[float, float] | tuple[None, None]:
+    """A 95 % interval; None, None where lm-eval gave no error, or one of a single document."""
+    if documents < 2 or not math.isfinite(error):
+        return None, None
+    spread = standard_errors(documents) * error
+    return value - spread, value + spread

@@ -23,8 +23,8 @@ from typing import Any
 
 from lora_squeeze.comparison import ENDS
 from lora_squeeze.decomposition import Decomposition
-from lora_squeeze.errors import ModelError, RankError, SettingsError
-from lora_squeeze.evaluation.bootstrap import DRAWS, share_of_draws
+from lora_squeeze.errors import DataError, ModelError, RankError, SettingsError
+from lora_squeeze.evaluation.bootstrap import DRAWS, LEAST, share_of_draws
 from lora_squeeze.evaluation.measure import Trial, run, squeezed
 from lora_squeeze.evaluation.scoring import Scores, metrics_for
 from lora_squeeze.evaluation.subject import Contestant, Subject, contestant_of, loaded
@@ -151,6 +151,11 @@ def keep_quality(
     Raises RankError, DataError, ModelError or OutputError; nothing is written then.
     """
     metrics_for(trial.kind, [criterion.metric])
+    if criterion.confident and trial.count < LEAST:
+        raise DataError(
+            f"{trial.count} example{'s are' if trial.count > 1 else ' is'} too few to be confident of anything: chance "
+            f"alone would pass; give at least {LEAST}, or better a few hundred, or leave out --confident"
+        )
     written = partial(squeeze, decomposition, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank)
     chosen = partial(ladder, decomposition, dtype=dtype, runtime=runtime, max_lora_rank=max_lora_rank, **options)
     (original,) = run(subject, [loaded(subject)], trial)
@@ -159,7 +164,7 @@ def keep_quality(
     plan = search.confirmed(found, written)
     compression = written(plan, output, overwrite=overwrite)
     first = float(original[criterion.metric][0].sum() / original[criterion.metric][1].sum())
-    notes = (*compression.notes, *_notes(criterion, search.steps[-1], plan))
+    notes = (*compression.notes, *_notes(search.steps[-1], plan, trial.count))
     return Kept(
         metric=criterion.metric,
         keep=criterion.keep,
@@ -219,9 +224,11 @@ class _Search:
         return step
 
 
-def _notes(criterion: Criterion, confirmed: KeepStep, plan: Ranks) -> Iterator[str]:
+def _notes(confirmed: KeepStep, plan: Ranks, examples: int) -> Iterator[str]:
     if plan.policy == "full rank":
         yield "nothing smaller passes: this is the adapter at its own rank"
+    elif examples < LEAST:
+        yield f"that it passes may be noise: {examples} example{'s are' if examples > 1 else ' is'} too few to tell"
     elif confirmed.confidence < SURE:
         yield (
             f"that it passes may be noise: it would on {confirmed.confidence:.0%} of samples like these examples; "

@@ -104,6 +104,8 @@ def score(
             for number, contestant in enumerate(contestants):
                 activate(subject, contestant)
                 found = _counted(batch, subject.model(**batch.inputs).logits)
+                if order := subject.orders.get(contestant.adapter):
+                    found = found[:, order]  # as the first's head has its classes
                 original = found if original is None else original
                 tally.add(number, batch, found, original)
     results = tally.results()

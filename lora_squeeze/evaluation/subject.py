@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.annealing.live import Site, place, sites
-from lora_squeeze.attaching import attach_adapter, base_of, labels_of_adapter
+from lora_squeeze.attaching import attach_adapter, attach_another, base_of, labels_of_adapter
 from lora_squeeze.data import Example, Labelled, images_of, labels_of
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats import open_adapter
@@ -51,6 +51,8 @@ class Subject:
         PEFT's name of each adapter → where it was loaded from, as `open_adapter` reads it.
     originals
         PEFT's name → every module's factors as they were loaded.
+    orders
+        PEFT's name → for each of `labels`, its place in the adapter's head; of those whose own order is another.
     """
 
     model: Any
@@ -61,6 +63,7 @@ class Subject:
     device: str
     adapters: Mapping[str, Adapter]
     originals: Mapping[str, tuple[_Placed, ...]] = field(repr=False)
+    orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]], repr=False)
 
     @property
     def tokenizer(self) -> Any:
@@ -86,7 +89,9 @@ def open_subject(
     examples
         that it is to be run on: images among them need a model that sees.
     labels
-        what a classifier's classes are called; default: as saved beside the adapter, or as in the examples.
+        what a classifier's classes are called, in the order of its head; default: as saved beside the adapter, or as
+        in the examples. Where these very names are saved beside an adapter, the order there is its own; one beside
+        which none are saved has the order given, or else the first's.
     dtype, quantization, device
         see `load_model`.
     on_download
@@ -105,6 +110,7 @@ def open_subject(
         task = "sequence-classification"
     source = base or base_of(adapters[0])[0]
     known = _labels(adapters[0], opened[0], task, examples, labels)
+    orders = _orders(adapters, known, labels) if task == "sequence-classification" else {}
     reader = load_seeing(source) if task == "image-text-to-text" else load_tokenizer(source)
     model = load_model(
         source,
@@ -114,10 +120,10 @@ def open_subject(
         quantization=quantization,
         device=device,
     )
-    names = ["default", *(f"adapter{number}" for number in range(1, len(adapters)))]
+    names = _names(adapters)
     model = attach_adapter(model, adapters[0])
     for name, path in zip(names[1:], adapters[1:], strict=True):
-        _attach_another(model, path, name)
+        attach_another(model, path, name=name)
     if task == "sequence-classification":
         pad_like(model, tokenizer_of(reader))
     model.eval()
@@ -131,6 +137,7 @@ def open_subject(
         device=device_of(device),
         adapters=dict(zip(names, opened, strict=True)),
         originals={name: _as_loaded(model, name) for name in names},
+        orders=orders,
     )
 
 
@@ -184,21 +191,11 @@ def _as_loaded(model: Any, name: str) -> tuple[_Placed, ...]:
     return tuple((site, site.down.data, site.up.data, site.scale) for site in sites(model, name).values())
 
 
-def _attach_another(model: Any, path: str, name: str) -> None:
-    try:
-        model.load_adapter(path, adapter_name=name)
-    except Exception as error:  # other shapes, an unknown type: whatever was in the folder
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"{path}: cannot be loaded beside the first adapter: {reason}") from error
-
-
 def _labels(
     path: str, adapter: Adapter, task: Task, examples: Sequence[Example], given: Sequence[str]
 ) -> tuple[str, ...]:
-    if given:
-        return tuple(given)
     if task == "sequence-classification":
-        if saved := labels_of_adapter(path):
+        if saved := _order_of(path, given):
             return saved
         found, classes = labels_of(examples), _classes(adapter)
         if len(found) != classes:
@@ -207,7 +204,35 @@ def _labels(
                 "say what they are called, in their order, with --labels"
             )
         return found
+    if given:
+        return tuple(given)
     return labels_of(examples) if examples and isinstance(examples[0], Labelled) else ()
+
+
+def _order_of(path: str, given: Sequence[str]) -> tuple[str, ...]:
+    """A head's classes: those saved beside it, unless other names are given; () if there are neither."""
+    saved = labels_of_adapter(path)
+    return saved if not given or sorted(saved) == sorted(given) else tuple(given)
+
+
+def _orders(paths: Sequence[str], known: tuple[str, ...], given: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Where each adapter's head has the first's classes: it was trained with an order of its own."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, path in zip(_names(paths), paths, strict=True):
+        own = _order_of(path, given) or known
+        if sorted(own) != sorted(known):
+            raise DataError(
+                f"{path}: its classes are {', '.join(own)}, and those of {paths[0]} {', '.join(known)}: answers can be "
+                "compared only among the same classes; if the names alone differ, say them in their order with --labels"
+            )
+        if own != known:
+            found[name] = tuple(map(own.index, known))
+    return found
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """What PEFT is to call these adapters."""
+    return ["default", *(f"adapter{number}" for number in range(1, len(paths)))]
 
 
 def _classes(adapter: Adapter) -> int:

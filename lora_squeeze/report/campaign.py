@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lora_squeeze.report.training import metrics_line
 from lora_squeeze.spelling import percent
+from lora_squeeze.student import sign_of
 
 if TYPE_CHECKING:
     from lora_squeeze.campaign.manifest import Manifest, RunEntry, SqueezeEntry
@@ -136,5 +137,5 @@ def _mean(one: Mean) -> str:
 def _gain(one: Mean | None) -> str:
     if one is None:
         return ""
-    colour = "green" if one.mean > one.error else "red" if one.mean < -one.error else "dim"
+    colour = ("dim", "green", "red")[sign_of(one.mean, one.error, one.count)]
     return f"[{colour}]{one.mean:+.4f}" + (f" ± {one.error:.2g}[/]" if one.count > 1 else "[/]")

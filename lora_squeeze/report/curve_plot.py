@@ -53,9 +53,11 @@ def _panel(axes: Any, curve: Curve, metric: str) -> None:
 
 def _band(estimate: Estimate, original: float) -> tuple[float, float]:
     """Where the number lies if the original's is what it is: the paired interval, where there is one."""
-    if estimate.difference_low is None or estimate.difference_high is None:
+    if estimate.difference_low is not None and estimate.difference_high is not None:
+        return original + estimate.difference_low, original + estimate.difference_high
+    if estimate.low is not None and estimate.high is not None:
         return estimate.low, estimate.high
-    return original + estimate.difference_low, original + estimate.difference_high
+    return estimate.value, estimate.value  # of one example there is none
 
 
 def _of(points: Iterable[CurvePoint], line: tuple[str, str]) -> Iterable[CurvePoint]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -59,6 +61,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
         table,
         "",
         "In brackets: where 95 % of paired bootstrap draws lie. Within noise: the interval of the difference holds 0.",
+        *_few(evaluation),
         *(f"[yellow]Note:[/yellow] {escape(note)}" for note in evaluation.notes),
     )
 
@@ -127,6 +130,15 @@ def curve_table(curve: Curve) -> RenderableType:
     )
 
 
+def _few(evaluation: Evaluation) -> Iterator[str]:
+    verdicts = {found.verdict for one in evaluation.adapters for found in one.metrics.values()}
+    if "too few examples" in verdicts:
+        yield (
+            f"[yellow]Note:[/yellow] chance alone explains any difference on {evaluation.examples} example"
+            f"{'s' if evaluation.examples > 1 else ''}: they are too few to say better or worse"
+        )
+
+
 def _compared(evaluation: Evaluation, metric: str) -> bool:
     return any(one.metrics[metric].difference is not None for one in evaluation.adapters)
 
@@ -134,22 +146,24 @@ def _compared(evaluation: Evaluation, metric: str) -> bool:
 def _cells(evaluation: Evaluation, one: Evaluated, metric: str) -> list[str]:
     estimate = one.metrics[metric]
     if not _compared(evaluation, metric):
-        return [f"{_number(metric, estimate.value)} {_between(metric, estimate.low, estimate.high)}"]
+        return [f"{_number(metric, estimate.value)} {_between(metric, estimate.low, estimate.high)}".rstrip()]
     return [_number(metric, estimate.value), _difference(metric, estimate)]
 
 
 def _difference(metric: str, estimate: Estimate) -> str:
-    low, high = estimate.difference_low, estimate.difference_high
-    if estimate.difference is None or low is None or high is None:
+    if estimate.difference is None:
         return _between(metric, estimate.low, estimate.high)
     if estimate.verdict == "same":
         return "the same"
     style = {"worse": "red", "better": "green"}.get(estimate.verdict, "dim")
     said = f" [{style}]{estimate.verdict}[/{style}]" if estimate.verdict else ""
-    return f"{_signed(metric, estimate.difference)} {_between(metric, low, high, signed=True)}{said}"
+    ends = _between(metric, estimate.difference_low, estimate.difference_high, signed=True)
+    return f"{_signed(metric, estimate.difference)} {ends}".rstrip() + said
 
 
-def _between(metric: str, low: float, high: float, *, signed: bool = False) -> str:
+def _between(metric: str, low: float | None, high: float | None, *, signed: bool = False) -> str:
+    if low is None or high is None:
+        return ""
     text = _signed if signed else _number
     return escape(f"[{text(metric, low)}, {text(metric, high)}]")
 

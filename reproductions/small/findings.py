@@ -11,15 +11,13 @@ import torch
 
 from benchmarks.in_squeeze_runs import LEAST, SEEDS, SOURCE, TARGETS, TUNED_AT, Results, Run, best_rate
 from lora_squeeze.evaluation.bootstrap import estimates
+from lora_squeeze.student import sign_of
 from reproductions.small.adapters import TREC
 from reproductions.small.experiments import BELOW, RANKS, measurement
 from reproductions.small.measuring import Measurement, Result
 from reproductions.small.tasks import TASKS
 
 Done = Mapping[Measurement, Result]
-
-# Student's t for a two-sided 95 % interval, by degrees of freedom.
-_STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,7 @@ class Mean:
     @property
     def sign(self) -> int:
         """1 or −1 if the 95 % interval of the mean lies above or below 0; 0: within noise, or one seed alone."""
-        if len(self.values) < 2 or abs(self.value) <= _STUDENT[len(self.values) - 1] * self.error:
-            return 0
-        return 1 if self.value > 0 else -1
+        return sign_of(self.value, self.error, len(self.values))
 
 
 def over_seeds(values: Iterable[float | None]) -> Mean | None:
