@@ -77,6 +77,7 @@ ORDER = [
     "formats.tinker",
     "formats",
     "identity",
+    "rewriting",
     "conversion",
     "merging",
     "serving",
