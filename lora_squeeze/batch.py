@@ -285,13 +285,20 @@ def _names(sources: Sequence[str], out: Path) -> tuple[dict[str, str], dict[str,
 
 def _stays(before: BatchRecord, settings: Mapping[str, Any]) -> bool:
     """Whether what was made of a source is what would be made of it now."""
-    if (before.status, before.settings) != ("finished", settings):
+    if (before.status, before.settings) != ("finished", settings) or not _is_whole(before):
         return False
     try:
         now = identity_now(before.place)
     except AdapterError:  # what is wrong with it is said when it is squeezed
         return False
     return now in ("", before.identity)
+
+
+def _is_whole(record: BatchRecord) -> bool:
+    """Whether the weights lie where they were written, and have their size."""
+    output = Path(record.output)
+    weights = output / WEIGHTS if output.is_dir() else output
+    return weights.is_file() and weights.stat().st_size == record.bytes_after
 
 
 def _inside(folder: Path) -> list[str]:

@@ -13,16 +13,17 @@ from lora_squeeze.decomposition import Decomposition, borrow_together, naming, s
 from lora_squeeze.errors import RankError, SettingsError
 from lora_squeeze.formats import weights_size
 from lora_squeeze.formats.tensors import DTYPES, dtype_spelling
-from lora_squeeze.peft_names import PREFIX
+from lora_squeeze.peft_names import BIAS, PREFIX
 from lora_squeeze.policies import Cost
 from lora_squeeze.provenance import ENTRY, stated
 from lora_squeeze.records import Ranks, SqueezedLayer, error_over_all
-from lora_squeeze.serving import fit, needs_one_alpha
+from lora_squeeze.rewriting import scale_in_factors
+from lora_squeeze.serving import fit, needs_one_alpha, needs_scale_in_factors
 from lora_squeeze.spectrum import Basis, bases, check_device
 from lora_squeeze.truncation import Cut, Truncation, truncate_together
 from lora_squeeze.whitening import truncate_on_data
 
-__all__ = ["compress", "file_cost"]
+__all__ = ["compress", "compress_for", "file_cost"]
 
 # Beyond the size of its matrix, a layer's rank costs r×r numbers and buys nothing: up to here it may.
 _LARGEST_IDLE_RANK = 2048
@@ -36,6 +37,7 @@ def compress(
     method: str = "gram",
     device: str = "cpu",
     one_alpha: bool = False,
+    scale_one: bool = False,
     on_layer: Callable[[SqueezedLayer], None] | None = None,
 ) -> Adapter:
     """Truncate every layer's effective update to its rank; lazily, when the result is saved.
@@ -51,6 +53,8 @@ def compress(
         of the decomposition on the way; one that is given has its own, and another is an error.
     one_alpha
         give all layers one alpha instead of one scale, for runtimes that misread differing alphas.
+    scale_one
+        give all layers the scale 1, biases included, and no alpha tensor, for runtimes that find no other.
     on_layer
         called with each layer's spectrum and error, rounding included, once it has been computed.
 
@@ -67,8 +71,9 @@ def compress(
     check_device(device)
     dtype = dtype_spelling(dtype) if dtype else None
     _check_plan(adapter, ranks)
-    scale = _shared_scale(adapter)
-    biased = {_module_of(tensor.key) for tensor in adapter.pass_through if tensor.key.endswith(".lora_B.bias")}
+    target = scale_in_factors(adapter) if scale_one else adapter
+    scale = _shared_scale(target)
+    biased = {_module_of(tensor.key) for tensor in adapter.pass_through if tensor.key.endswith(BIAS)}
     layers = {
         name: replace(
             spec,
@@ -80,12 +85,18 @@ def compress(
             up_dtype=dtype or spec.up_dtype,
             folded=False,
         )
-        for name, spec in adapter.layers.items()
+        for name, spec in target.layers.items()
         if ranks.by_layer[name] > 0
+    }
+    # An alpha tensor is beside the factors: one that goes or comes changes no bit of them.
+    changed = {
+        name
+        for name, spec in layers.items()
+        if replace(spec, alpha_dtype="") != replace(adapter.layers[name], alpha_dtype="")
     }
     for name, spec in layers.items():
         sizes = spec.out_features, spec.in_features
-        if spec != adapter.layers[name] and spec.rank > max(*sizes, _LARGEST_IDLE_RANK):
+        if name in changed and spec.rank > max(*sizes, _LARGEST_IDLE_RANK):
             raise RankError(
                 f"layer '{name}': a matrix of {sizes[0]} × {sizes[1]} can use a rank of {min(sizes)} at most, "
                 f"not {spec.rank}; choose a lower one"
@@ -111,7 +122,7 @@ def compress(
         cuts = [
             _cut(layer, own, layers[name])
             for name, layer, own in zip(names, loaded, found, strict=True)
-            if layers[name] != adapter.layers[name]
+            if name in changed
         ]
         results.update((result.layer.name, result) for result in cut(cuts, borrow=borrow))
         for name, spectrum in zip(names, spectra, strict=True):
@@ -148,7 +159,7 @@ def compress(
     error = math.nan if calibration else 0.0
     planned = stated(adapter, policy, ranks=ranks.by_layer, layers=layers, relative_error=error)
     return replace(
-        adapter,
+        target,
         layers=layers,
         load=load,
         borrow=ahead.borrow,
@@ -157,6 +168,31 @@ def compress(
         late_metadata=late_metadata,
         left_out=(*adapter.left_out, *(name for name in adapter.layers if name not in layers)),
     )
+
+
+def compress_for(
+    source: Adapter | Decomposition,
+    ranks: Ranks,
+    *,
+    runtime: str,
+    dtype: str | None = None,
+    method: str = "gram",
+    device: str = "cpu",
+    on_layer: Callable[[SqueezedLayer], None] | None = None,
+) -> Adapter:
+    """`compress`, written as this runtime wants it; "" is whatever reads the adapter's format."""
+    adapter = source.adapter if isinstance(source, Decomposition) else source
+    squeezed = compress(
+        source,
+        ranks,
+        dtype=dtype,
+        method=method,
+        device=device,
+        one_alpha=needs_one_alpha(adapter, runtime),
+        scale_one=needs_scale_in_factors(adapter, runtime),
+        on_layer=on_layer,
+    )
+    return fit(squeezed, runtime)
 
 
 class _Ahead(threading.local):
@@ -202,10 +238,7 @@ def file_cost(adapter: Adapter, *, dtype: str | None = None, runtime: str = "") 
     def file_size(ranks: Ranks) -> int:
         # Where layers are padded to one rank, a plan may ask one for more than its own.
         own = {name: min(rank, adapter.layers[name].rank) for name, rank in ranks.by_layer.items()}
-        one_alpha = needs_one_alpha(adapter, runtime)
-        return weights_size(
-            fit(compress(adapter, replace(ranks, by_layer=own), dtype=dtype, one_alpha=one_alpha), runtime)
-        )
+        return weights_size(compress_for(adapter, replace(ranks, by_layer=own), runtime=runtime, dtype=dtype))
 
     return Cost({name: component_bytes(spec) for name, spec in adapter.layers.items()}, file_size)
 

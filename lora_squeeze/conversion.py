@@ -11,25 +11,21 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough, whole
-from lora_squeeze.errors import AdapterError, UnsupportedAdapter
+from lora_squeeze.errors import UnsupportedAdapter
 from lora_squeeze.formats.diffusers import CONFIG_KEY, component_of
 from lora_squeeze.formats.dora import KEPT_NOTE, magnitude_module
 from lora_squeeze.formats.kohya import PARTS
-from lora_squeeze.formats.tensors import DTYPES, memory_of
-from lora_squeeze.peft_names import PREFIX
+from lora_squeeze.peft_names import BIAS, PREFIX
 from lora_squeeze.provenance import ENTRY, stated
+from lora_squeeze.rewriting import scale_in_factors, states_scales
 
 __all__ = ["convert"]
-
-_BIAS = ".lora_B.bias"
 
 # What the words of kohya's names are, longest first: "to_out" is one word, "attn1_to" are two.
 _UNET_WORDS = (
@@ -57,14 +53,15 @@ def convert(adapter: Adapter, to: str) -> Adapter:
 
     to
         "peft", "kohya" or "diffusers". kohya files get an alpha tensor for every module. In diffusers
-        files the scale goes into the factors, so that it is right for programs that read no header.
+        files the scale goes into the factors, so that it is right for programs that read no header
+        and for those that refuse alpha tensors. An adapter that has the format already stays as it is.
 
     Raises UnsupportedAdapter if names do not map without the model or a tensor has no place there.
     """
-    if adapter.format == to:
+    if adapter.format == to and not (to == "diffusers" and states_scales(adapter)):
         return adapter
     via_diffusers = adapter if adapter.format == "diffusers" else _to_diffusers(adapter)
-    converted = {"diffusers": _with_scale_one, "kohya": _to_kohya, "peft": _to_peft}[to](via_diffusers)
+    converted = {"diffusers": scale_in_factors, "kohya": _to_kohya, "peft": _to_peft}[to](via_diffusers)
     left_behind = ", ".join(adapter.files)
     notes = (f"a {to} adapter is one file, so these stay behind: {left_behind}",) if left_behind else ()
     ranks = {name: spec.rank for name, spec in converted.layers.items()}
@@ -139,7 +136,7 @@ def _to_peft(adapter: Adapter) -> Adapter:
     config: dict[str, Any] = {
         "target_modules": sorted(converted.layers),
         "use_dora": any(map(magnitude_module, keys)),
-        "lora_bias": any(key.endswith(_BIAS) for key in keys),
+        "lora_bias": any(key.endswith(BIAS) for key in keys),
         "base_model_name_or_path": None,
         "inference_mode": True,
         **own,
@@ -147,52 +144,6 @@ def _to_peft(adapter: Adapter) -> Adapter:
     }
     metadata = {key: value for key, value in adapter.metadata.items() if key != CONFIG_KEY}
     return replace(converted, config=config, metadata=metadata, single_file=adapter.single_file)
-
-
-def _with_scale_one(adapter: Adapter) -> Adapter:
-    """The scale in the factor `up` and its bias, so that alpha is the rank and need not be written."""
-    layers = {name: replace(spec, scale=1.0, alpha_dtype="") for name, spec in adapter.layers.items()}
-
-    def times_scale(values: torch.Tensor, name: str, dtype: str) -> torch.Tensor:
-        scale = adapter.layers[name].scale
-        product = (values.double() * scale).to(DTYPES[dtype])
-        if not torch.isfinite(product).all():
-            raise AdapterError(
-                f"{adapter.source}: layer '{name}': with its scale {scale:g} in the factors they overflow "
-                f"{dtype}; squeeze it with --dtype bf16 or f32 first"
-            )
-        return product
-
-    def scaled(name: str, read: Callable[[str], LoraLayer]) -> LoraLayer:
-        layer = read(name)
-        if layer.scale == 1:
-            return layer
-        return replace(layer, up=times_scale(layer.up, name, layers[name].up_dtype), scale=1.0)
-
-    def scaled_bias(bias: PassThrough) -> PassThrough:
-        name = bias.key.removesuffix(_BIAS)
-        if name == bias.key or adapter.layers[name].scale == 1:
-            return bias
-
-        def chunks() -> Iterator[bytes]:
-            stored = torch.frombuffer(bytearray(b"".join(bias.chunks())), dtype=DTYPES[bias.dtype])
-            product = times_scale(stored, name, bias.dtype)  # named, so that it outlives the view of its memory
-            yield bytes(memory_of(product))
-
-        return replace(bias, chunks=chunks)
-
-    scales = sorted({spec.scale for spec in adapter.layers.values()} - {1.0})
-    notes = (f"the scale ({scales[0]:g}{', …' if len(scales) > 1 else ''}) goes into the factors",) if scales else ()
-    config = {key: value for key, value in adapter.config.items() if not key.endswith(".use_rslora")}
-    return replace(
-        adapter,
-        layers=layers,
-        config=config,
-        load=partial(scaled, read=adapter.load),
-        borrow=partial(scaled, read=adapter.borrow),
-        pass_through=tuple(map(scaled_bias, adapter.pass_through)),
-        notes=(*adapter.notes, *notes),
-    )
 
 
 def _renamed(adapter: Adapter, name_of: Callable[[str], str], to: str) -> Adapter:
@@ -228,14 +179,14 @@ def _renamed_spec(spec: LayerSpec, name: str) -> LayerSpec:
 def _carried(tensor: PassThrough, adapter: Adapter, names: Mapping[str, str], to: str) -> PassThrough:
     """A layer's own tensor under its name in the other format. Raises UnsupportedAdapter for all other tensors."""
     module = magnitude_module(tensor.key)
-    layer = (module or tensor.key.removesuffix(_BIAS)).removeprefix(PREFIX)
+    layer = (module or tensor.key.removesuffix(BIAS)).removeprefix(PREFIX)
     prefix = PREFIX if to == "peft" else ""
     if layer in names and module:
         shape = _magnitude_shape(tensor, adapter, adapter.layers[layer], to)
         suffix = ".dora_scale" if to == "kohya" else ".lora_magnitude_vector"
         return replace(tensor, key=f"{prefix}{names[layer]}{suffix}", shape=shape, layer=names[layer])
     if layer in names and to != "kohya":
-        return replace(tensor, key=f"{prefix}{names[layer]}{_BIAS}", layer="")
+        return replace(tensor, key=f"{prefix}{names[layer]}{BIAS}", layer="")
     raise UnsupportedAdapter(
         f"{adapter.source}: tensor '{tensor.key}' is no factor of a LoRA pair, and it is not known what it is "
         "called in the other format; keep the format"

@@ -20,6 +20,7 @@ import torch
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough, whole
 from lora_squeeze.conversion import convert
 from lora_squeeze.errors import AdapterError, SettingsError, UnsupportedAdapter
+from lora_squeeze.peft_names import BIAS
 from lora_squeeze.provenance import ENTRY
 from lora_squeeze.summary import base_model_of
 
@@ -55,7 +56,8 @@ def merge(
     shares = _checked_weights(adapters, weights)
     first = adapters[0]
     _check_bases(adapters, allowed=allow_other_base)
-    same_format = [convert(adapter, first.format) for adapter in adapters]
+    # One that has the format is added up as it is: a conversion may round.
+    same_format = [one if one.format == first.format else convert(one, first.format) for one in adapters]
     for adapter in same_format:
         _refuse_what_has_no_sum(adapter)
         _refuse_another_meaning(same_format[0], adapter)
@@ -108,7 +110,7 @@ def _refuse_what_has_no_sum(adapter: Adapter) -> None:
                 f"{adapter.source}: '{tensor.key}': DoRA normalises each weight, so its updates cannot be added; merge "
                 "it into the base model and extract a LoRA from the difference first"
             )
-        if tensor.key.endswith(".lora_B.bias"):
+        if tensor.key.endswith(BIAS):
             raise UnsupportedAdapter(
                 f"{adapter.source}: '{tensor.key}' is a trained bias of a LoRA layer (lora_bias); it cannot be merged"
             )

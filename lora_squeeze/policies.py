@@ -131,14 +131,15 @@ def effective_rank(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: L
 def optimal_threshold(spectra: Sequence[Spectrum], times: float = 1.0, *, limits: Limits = NO_LIMITS) -> Ranks:
     """Per layer the components with σ > times · 2.858 · median(σ) (Gavish & Donoho, 2014, unknown noise).
 
-    2.858 is ω(1), the coefficient of a square matrix: the update has as many non-zero σ as its r×r
-    core, and the median is taken over those. An adapter is no signal in white noise, so take it as a
-    convention of the field.
+    2.858 is ω(1), the coefficient of a square matrix. Theirs is the median of all σ of a matrix in noise, of which
+    none is zero. Those of an update beyond the rank of its r×r core are zero whatever the noise, and would make the
+    threshold zero: the core is the matrix, and the median is that of its non-zero σ. An adapter is no signal in
+    white noise, so take it as a convention of the field.
     """
     _check_positive("optimal-threshold", times)
 
     def rank(spectrum: Spectrum) -> int:
-        threshold = times * 2.858 * median(spectrum.singular_values)
+        threshold = times * 2.858 * median(value for value in spectrum.singular_values if value > 0)
         return sum(value > threshold for value in spectrum.singular_values)
 
     return _per_layer(f"optimal-threshold={spell(times)}", spectra, rank, limits)
@@ -199,7 +200,7 @@ def params(
     found = groups(spectra, limits)
     if whole is None:
         whole = sum(s.rank * s.component_size for s in spectra)
-    allowed = math.floor(budget * whole if budget <= 1 else budget)
+    allowed = _floor(budget * whole if budget <= 1 else budget)
 
     def cost(spectrum: Spectrum) -> int:
         return spectrum.component_size
@@ -361,6 +362,11 @@ def _first_reaching(sums: Sequence[float], keep: float) -> int:
 def _ceil(value: float) -> int:
     """Rounded up, but not because of the last digits of a product."""
     return math.ceil(value * (1 - 1e-9))
+
+
+def _floor(value: float) -> int:
+    """Rounded down, but not because of the last digits of a product: 0.57 · 100 is 57, and no larger budget."""
+    return math.floor(value * (1 + 1e-14))
 
 
 def _mean(values: Sequence[float]) -> float:

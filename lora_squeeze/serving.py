@@ -10,27 +10,25 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
-import torch
-
-from lora_squeeze.adapter import Adapter, Deviation, LayerSpec, LoraLayer
+from lora_squeeze.adapter import Adapter, Deviation, LayerSpec
 from lora_squeeze.errors import RankError, UnsupportedAdapter
 from lora_squeeze.formats.dora import magnitudes_of
 from lora_squeeze.limits import Limits
+from lora_squeeze.provenance import ENTRY, restated
+from lora_squeeze.rewriting import as_plain_lora, padded, scale_in_factors
 
 __all__ = [
     "RUNTIMES",
     "Problem",
     "Runtime",
-    "as_plain_lora",
     "caveats",
     "check",
     "fit",
     "limits_for",
     "needs_one_alpha",
-    "padded",
+    "needs_scale_in_factors",
     "rank_cap",
     "refuse_unloadable",
     "rules_of",
@@ -187,7 +185,8 @@ RUNTIMES: dict[str, Runtime] = {
             name="diffusers",
             source="diffusers/loaders/lora_conversion_utils.py:_get_alpha_name, utils/peft_utils.py:get_peft_kwargs; "
             "in 0.42 the alphas of attention and text encoder modules of a kohya file are filed under names that match "
-            "no module, so they get the most common alpha; dora_scale is dropped, other tensors than pairs are refused",
+            "no module, so they get the most common alpha; dora_scale is dropped, others than pairs are refused; "
+            "lora_pipeline.py: Stable Diffusion refuses alphas in a diffusers file, Flux those beside a header",
             formats=("diffusers", "kohya"),
             mixed_alphas=False,
             stumbles={"cp form": "tensors other than lora_down, lora_up and alpha are refused there"},
@@ -259,16 +258,27 @@ def check(adapter: Adapter, runtime: str, *, max_lora_rank: int | None = None) -
     if runtime == "diffusers" and adapter.format == "kohya" and magnitudes_of(adapter):
         what = "it is DoRA, and the dora_scale of a kohya file is dropped"
         problems.append(Problem(what, "convert it with lora-squeeze convert --to diffusers"))
-    if runtime == "comfyui" and adapter.format == "diffusers":
-        unread = [spec.name for spec in adapter.layers.values() if spec.scale != 1 and not spec.alpha_dtype]
-        if unread:
-            problems.append(
-                Problem(
-                    f"the scale of '{unread[0]}' stands in the header only, which is not read there",
-                    "convert it with lora-squeeze convert --to diffusers: the scale goes into the factors",
-                )
-            )
+    if adapter.format == "diffusers":
+        fold = f"{what_to_do}, or convert it with lora-squeeze convert --to diffusers: the scale goes into the factors"
+        problems += [Problem(what, fold) for what in _scales_out_of_place(adapter, runtime)]
     return problems
+
+
+def _scales_out_of_place(adapter: Adapter, runtime: str) -> list[str]:
+    """Why the scales of a diffusers file do not count there, or keep it from being loaded; at most one reason."""
+    with_alpha = [spec.name for spec in adapter.layers.values() if spec.alpha_dtype]
+    unread = [spec.name for spec in adapter.layers.values() if spec.scale != 1 and not spec.alpha_dtype]
+    if runtime == "comfyui" and unread:
+        return [f"the scale of '{unread[0]}' stands in the header only, which is not read there"]
+    if runtime == "diffusers" and with_alpha:
+        # Which pipeline a transformer belongs to, the names do not tell: of those, some read alphas.
+        if any(name.startswith("unet.") for name in adapter.layers):
+            return [
+                f"'{with_alpha[0]}.alpha' is an alpha tensor, and Stable Diffusion's pipelines refuse files with such"
+            ]
+        if adapter.config:
+            return [f"'{with_alpha[0]}.alpha' is an alpha tensor, and Flux refuses those beside a header with scales"]
+    return []
 
 
 def _misread(adapter: Adapter, rules: Runtime, what_to_do: str) -> list[Problem]:
@@ -330,9 +340,24 @@ def needs_one_alpha(adapter: Adapter, runtime: str) -> bool:
     return adapter.format == "kohya" and not rules_of(runtime).mixed_alphas
 
 
+def needs_scale_in_factors(adapter: Adapter, runtime: str) -> bool:
+    """Whether this runtime applies the right scale, or loads the file, only if all scales of this adapter are 1."""
+    if adapter.format != "diffusers":
+        return False
+    specs = adapter.layers.values()
+    # Squeezed, all layers get the most common scale: then those without an alpha tensor are the ones to have none.
+    told_in_part = {spec.scale for spec in specs} != {1.0} and any(not spec.alpha_dtype for spec in specs)
+    return (runtime == "comfyui" and told_in_part) or bool(_scales_out_of_place(adapter, runtime))
+
+
 def fit(adapter: Adapter, runtime: str) -> Adapter:
-    """The same update as this runtime wants it: padded to one rank, rsLoRA as plain LoRA."""
+    """The same update as this runtime wants it: padded to one rank, rsLoRA as plain LoRA, the scale in the factors."""
     rules = rules_of(runtime)
+    if needs_scale_in_factors(adapter, runtime):
+        adapter = scale_in_factors(adapter)
+        if adapter.late_metadata is not None and ENTRY in adapter.metadata:
+            # What was lost by then is known, and that it is rounded once more is not in it.
+            adapter = restated(adapter, lambda made: replace(made, scales=1.0, relative_error=math.nan))
     if not rules.rslora or not rules.mixed_scales:
         adapter = as_plain_lora(adapter)
     return adapter if rules.mixed_ranks else padded(adapter)
@@ -363,29 +388,3 @@ def limits_for(runtime: str, limits: Limits, *, max_lora_rank: int | None = None
             )
         limits = replace(limits, one_rank=True)
     return limits
-
-
-def as_plain_lora(adapter: Adapter) -> Adapter:
-    """rsLoRA written as plain LoRA: lora_alpha changes, the effective scales do not."""
-    return replace(adapter, config={**adapter.config, "use_rslora": False})
-
-
-def padded(adapter: Adapter) -> Adapter:
-    """All layers with the largest rank: the missing rows and columns are zeros and change nothing."""
-    rank = adapter.rank
-    if all(spec.rank == rank for spec in adapter.layers.values()):
-        return adapter
-
-    def padded_layer(name: str, read: Callable[[str], LoraLayer]) -> LoraLayer:
-        layer = read(name)
-        missing = rank - layer.down.shape[0]
-        down = torch.cat([layer.down, layer.down.new_zeros(missing, layer.down.shape[1])])
-        up = torch.cat([layer.up, layer.up.new_zeros(layer.up.shape[0], missing)], dim=1)
-        return replace(layer, down=down, up=up)
-
-    return replace(
-        adapter,
-        layers={name: replace(spec, rank=rank) for name, spec in adapter.layers.items()},
-        load=partial(padded_layer, read=adapter.load),
-        borrow=partial(padded_layer, read=adapter.borrow),
-    )

@@ -11,7 +11,7 @@ from typing import Any
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.analysis import analyze
 from lora_squeeze.comparison import outcome_of
-from lora_squeeze.compression import compress, file_cost
+from lora_squeeze.compression import compress_for, file_cost
 from lora_squeeze.decomposition import Decomposition, decompose
 from lora_squeeze.exploration import Exploration, explore
 from lora_squeeze.formats import as_written, open_adapter, save_adapter, weights_size
@@ -20,7 +20,7 @@ from lora_squeeze.limits import NO_LIMITS, Limits
 from lora_squeeze.magnitudes import fit_magnitudes
 from lora_squeeze.policies import By, Policy, fixed, params, parse_policy
 from lora_squeeze.records import Analysis, Compression, DoraErrors, Outcome, Ranks, Spectrum, SqueezedLayer
-from lora_squeeze.serving import caveats, fit, limits_for, needs_one_alpha, refuse_unloadable, rules_of
+from lora_squeeze.serving import caveats, limits_for, refuse_unloadable, rules_of
 from lora_squeeze.summary import show
 from lora_squeeze.verdicts import remembering_judge
 
@@ -156,7 +156,7 @@ def outcome(decomposition: Decomposition, ranks: Ranks, *, dtype: str | None = N
     found = outcome_of(decomposition.spectra, ranks, cost=cost)
     if rules_of(runtime).mixed_ranks:
         return found
-    return replace(found, parameters=fit(compress(decomposition, ranks, dtype=dtype), runtime).parameters)
+    return replace(found, parameters=compress_for(decomposition, ranks, runtime=runtime, dtype=dtype).parameters)
 
 
 def explore_adapter(
@@ -248,9 +248,7 @@ def squeeze(
         source = decompose(source, method=method, device=device)  # what is left out is reported as well
     adapter = source.adapter if isinstance(source, Decomposition) else source
     fitted = magnitudes_of(adapter) if base is not None else {}
-    one_alpha = needs_one_alpha(adapter, runtime)
-    squeezed = compress(source, ranks, dtype=dtype, device=device, method=method, one_alpha=one_alpha, on_layer=observe)
-    squeezed = fit(squeezed, runtime)
+    squeezed = compress_for(source, ranks, runtime=runtime, dtype=dtype, device=device, method=method, on_layer=observe)
     refuse_unloadable(as_written(squeezed), runtime, max_lora_rank=max_lora_rank)
     dora: Callable[[], DoraErrors] | None = None
     if base is not None:

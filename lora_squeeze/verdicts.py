@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 from lora_squeeze.adapter import Adapter
-from lora_squeeze.compression import compress
+from lora_squeeze.compression import compress_for
 from lora_squeeze.formats import as_written
 from lora_squeeze.records import Ranks, Verdict
-from lora_squeeze.serving import RUNTIMES, check, fit, needs_one_alpha, rank_cap
+from lora_squeeze.serving import RUNTIMES, check, rank_cap
 
 __all__ = ["judge", "remembering_judge"]
 
@@ -65,15 +65,18 @@ def _verdict(plain: Adapter, runtime: str, fit: Callable[[], Adapter], *, max_lo
     if check(plain, runtime, max_lora_rank=max_lora_rank):
         fitted = fit()
         needs.insert(0, f"--for {runtime}")
-        padded_to = fitted.rank if fitted.layers != plain.layers else 0
+        padded_to = fitted.rank if _ranks(fitted) != _ranks(plain) else 0
     if problems := check(fitted, runtime, max_lora_rank=max_lora_rank):
         return Verdict(runtime, "no", reasons=tuple(problem.what for problem in problems))
     return Verdict(runtime, "fitted", needs=tuple(needs), padded_to=padded_to)
 
 
 def _written(adapter: Adapter, ranks: Ranks, dtype: str | None, runtime: str) -> Adapter:
-    one_alpha = needs_one_alpha(adapter, runtime)
-    return as_written(fit(compress(adapter, ranks, dtype=dtype, one_alpha=one_alpha), runtime))
+    return as_written(compress_for(adapter, ranks, runtime=runtime, dtype=dtype))
+
+
+def _ranks(adapter: Adapter) -> list[int]:
+    return [spec.rank for spec in adapter.layers.values()]
 
 
 def _cap_for(runtime: str, rank: int) -> int | None:

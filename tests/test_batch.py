@@ -159,6 +159,43 @@ def test_what_is_there_stays_where_the_source_is_gone_or_is_spelled_another_way(
     assert names_of(out) == {"style": "finished"}
 
 
+@pytest.mark.parametrize("harm", ["deleted", "cut off", "emptied"])
+def test_a_result_without_its_weights_is_made_anew(tmp_path, harm):
+    source, out = a_style(tmp_path / "x"), tmp_path / "out"
+    squeeze_batch([source, a_style(tmp_path / "y")], out, policy="fixed=1")
+    squeeze_batch([source], out, policy="fixed=1")
+    weights = out / "x-style" / WEIGHTS
+    whole, other = weights.read_bytes(), (out / "y-style" / WEIGHTS).stat().st_mtime_ns
+    if harm == "cut off":
+        weights.write_bytes(whole[:-1])
+    else:
+        weights.unlink()
+    if harm == "emptied":
+        (out / "x-style" / "adapter_config.json").unlink()
+    (record, _) = squeeze_batch([source, str(tmp_path / "y" / "style")], out, policy="fixed=1")
+    assert record.status == "finished", record.error
+    assert weights.read_bytes() == whole
+    assert verify(record.output, source).passed
+    assert (out / "y-style" / WEIGHTS).stat().st_mtime_ns == other
+
+
+def test_a_single_file_that_was_cut_off_is_not_called_finished(tmp_path):
+    """What is no adapter is not replaced, here as elsewhere: the record says so until it is moved away."""
+    (tmp_path / "style.safetensors").write_bytes(image_file())
+    arguments = ([str(tmp_path / "style.safetensors")], tmp_path / "out")
+    (record,) = squeeze_batch(*arguments, policy="fixed=2")
+    output = Path(record.output)
+    whole = output.read_bytes()
+    output.write_bytes(whole[:-1])
+    for _ in range(2):
+        (failed,) = squeeze_batch(*arguments, policy="fixed=2")
+        assert failed.status == "failed"
+        assert f"{output}: is a file, but no adapter" in failed.error
+    output.unlink()
+    assert squeeze_batch(*arguments, policy="fixed=2") == (record,)
+    assert output.read_bytes() == whole
+
+
 def test_another_source_of_the_same_name_replaces_nothing(tmp_path):
     one, other, out = a_style(tmp_path / "x"), a_style(tmp_path / "y", 2.0), tmp_path / "out"
     squeeze_batch([one], out, policy="fixed=1")

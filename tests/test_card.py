@@ -1,5 +1,7 @@
 """Model cards: what is stated, and that everything else stays."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -151,3 +153,9 @@ def test_a_base_model_on_some_disk_is_not_named(base):
     text = card(config={"base_model_name_or_path": base})
     assert "base_model" not in metadata(text)
     assert "/data" not in text
+
+
+def test_what_a_plan_calls_itself_stays_in_its_cell():
+    made = replace(compression(), policy="by `hand` | or\nnot")
+    (line,) = [line for line in card(compression=made).splitlines() if line.startswith("| Policy")]
+    assert line == r"| Policy | `` by `hand` \| or not `` |"

@@ -124,6 +124,36 @@ def test_optimal_threshold_is_a_multiple_of_the_median(seed, times):
     )
 
 
+@pytest.mark.parametrize(
+    ("values", "rank"),
+    [
+        ((10, 3, 3, 0, 0, 0, 0, 0), 1),  # 2.858 · 3 = 8.574
+        ((10, 3, 1, 0, 0, 0, 0, 0), 1),
+        ((10, 2, 1, 0), 1),
+        ((30, 10, 3, 3, 3, 0), 2),
+        ((5, 0, 0, 0), 1),  # nothing is above 2.858 · 5, and one component is kept
+        ((0, 0, 0, 0), 1),
+    ],
+)
+def test_optimal_threshold_takes_the_median_of_what_is_not_zero(values, rank):
+    assert optimal_threshold([spectrum("a", values)]).by_layer == {"a": rank}
+
+
+def test_optimal_threshold_does_not_depend_on_idle_directions():
+    spectra = random_spectra(3)
+    wider = [spectrum(s.name, (*s.singular_values, *[0.0] * s.rank)) for s in spectra]
+    assert optimal_threshold(wider, 0.5).by_layer == optimal_threshold(spectra, 0.5).by_layer
+
+
+@pytest.mark.parametrize("size", [2, 7, 70, 90, 64 + 48, 8192, 14336 + 4096])
+@pytest.mark.parametrize("percent", range(1, 101))
+def test_params_as_a_fraction_loses_no_component_to_the_last_digits_of_a_product(percent, size):
+    one = spectrum("a", range(100, 0, -1), out=size // 2, inner=size - size // 2)
+    assert params([one], percent / 100).by_layer == {"a": percent}
+    if percent * size > 1:
+        assert params([one], percent / 100 * 100 * size).by_layer == {"a": percent}  # as where layers are padded
+
+
 @seeds
 @pytest.mark.parametrize("times", [0.5, 1, 1.5])
 def test_knee_is_where_the_curve_is_farthest_above_its_chord(seed, times):

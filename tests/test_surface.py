@@ -78,6 +78,7 @@ ORDER = [
     "formats.tinker",
     "formats",
     "identity",
+    "rewriting",
     "conversion",
     "merging",
     "serving",

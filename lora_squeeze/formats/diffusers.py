@@ -40,6 +40,7 @@ from lora_squeeze.formats.peft_config import Rules, alpha_of
 from lora_squeeze.formats.peft_patterns import grouped
 from lora_squeeze.formats.tensors import SafetensorsFile, read_safetensors
 from lora_squeeze.formats.writing import Block, safetensors_size, write_safetensors
+from lora_squeeze.peft_names import BIAS
 
 __all__ = ["CONFIG_KEY", "component_of", "diffusers_size", "is_diffusers", "open_diffusers", "write_diffusers"]
 
@@ -213,7 +214,7 @@ def _component_config(component: str, layers: list[LayerSpec], adapter: Adapter)
     keys = [tensor.key for tensor in adapter.pass_through if component_of(tensor.key) == component]
     if not adapter.config:
         config["use_dora"] = any("lora_magnitude_vector" in key for key in keys)
-        config["lora_bias"] = any(key.endswith(".lora_B.bias") for key in keys)
+        config["lora_bias"] = any(key.endswith(BIAS) for key in keys)
     return {f"{component}.{field}": value for field, value in config.items()}
 
 

@@ -34,7 +34,9 @@ def plan_table(campaign: Campaign) -> RenderableType:
         rank = str(settings.rank or "as the adapter")
         if settings.in_squeeze.schedule:
             rank += f", {settings.in_squeeze.schedule}"
-        table.add_row(escape(run.name), settings.method, rank, str(steps), escape(", ".join(settings.data.source)))
+        table.add_row(
+            escape(run.name), escape(settings.method), escape(rank), str(steps), escape(", ".join(settings.data.source))
+        )
     return table
 
 
@@ -54,7 +56,7 @@ def status_table(manifest: Manifest, latest: Callable[[RunEntry], Mapping[str, A
             escape(entry.name),
             f"[{_STYLES[entry.status]}]{entry.status}[/]{attempts}",
             str(entry.rank or ""),
-            str(entry.steps if done else metrics.get("step", "")),
+            escape(str(entry.steps if done else metrics.get("step", ""))),
             f"{entry.seconds:.1f}" if done else "",
             escape(said),
         )
@@ -72,7 +74,7 @@ def squeeze_table(squeeze: SqueezeEntry) -> RenderableType:
         curves = (f"{row[key]:.2%}" for key in ("mean_variance", "min_variance", "max_variance"))
         recommended = bool(row["recommended"])
         style = "bold green" if recommended else None
-        table.add_row(str(row["rank"]), *curves, "<--" if recommended else "", style=style)
+        table.add_row(escape(str(row["rank"])), *curves, "<--" if recommended else "", style=style)
     lines = [f"Squeezed: {escape(run)} → {escape(path)}" for run, path in squeeze.outputs.items()]
     if squeeze.error:
         lines.append(f"[yellow]Not squeezed:[/] {escape(squeeze.error)}")
@@ -97,7 +99,7 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Mean]]], metrics: Seque
     table.add_column("Condition", overflow="fold")
     table.add_column("Runs", justify="right")
     for metric in metrics:
-        table.add_column(metric, justify="right", no_wrap=True)
+        table.add_column(escape(metric), justify="right", no_wrap=True)
     for condition, means in rows:
         count = max((one.count for one in means.values()), default=0)
         cells = (_mean(means[metric]) if metric in means else "" for metric in metrics)
@@ -114,7 +116,7 @@ def curves_table(curves: Mapping[str, Sequence[tuple[int, Mean]]], metric: str) 
         table.add_column(f"→ {step}", justify="right", no_wrap=True)
     for condition, points in curves.items():
         table.add_row(escape(condition), *(f"{mean.mean:.3g}" for _, mean in points))
-    return Group(f"{metric} while training", table)
+    return Group(f"{escape(metric)} while training", table)
 
 
 def gains_table(gains: Mapping[tuple[int, int], Mean], metric: str) -> RenderableType:
@@ -127,7 +129,7 @@ def gains_table(gains: Mapping[tuple[int, int], Mean], metric: str) -> Renderabl
     for source in sources:
         cells = (_gain(gains.get((source, target))) for target in targets)
         table.add_row(str(source), *cells)
-    return Group(f"Gain of squeezing over training at that rank directly, {metric}", table)
+    return Group(f"Gain of squeezing over training at that rank directly, {escape(metric)}", table)
 
 
 def _mean(one: Mean) -> str:

@@ -101,13 +101,13 @@ def _section(
     worst = compression.worst_layer
     rows = {
         "Source": _source(compression.source),
-        "Policy": f"`{compression.policy}`",
+        "Policy": _code(compression.policy),
         "Rank": _ranks(compression),
         "Parameters": _change(compression.parameters_before, compression.parameters_after, "{:,}".format),
         "Weights": _change(compression.bytes_before, compression.bytes_after, bytes_text),
         "Retained variance": f"{compression.retained_variance:.2%}",
         "Relative error": f"{compression.relative_error:.2e} over all layers",
-        "Worst layer": f"{worst.relative_error:.2e} in `{worst.spectrum.name}`",
+        "Worst layer": f"{worst.relative_error:.2e} in {_code(worst.spectrum.name)}",
     }
     return [
         "## Squeezed",
@@ -129,6 +129,15 @@ def _section(
     ]
 
 
+def _code(text: str) -> str:
+    """A name or spelling from anybody's file as code in a cell: one line, which ends neither the cell nor the code."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    if "`" not in text:
+        return f"`{text}`"
+    fence = "`" * (max(map(len, re.findall("`+", text))) + 1)
+    return f"{fence} {text} {fence}"
+
+
 def _source(source: str) -> str:
     """A link for what is on the Hub; no folders of this machine."""
     if found := re.fullmatch(r"hf://([^@/]+/[^@/]+)@([0-9a-f]{40})(?:/(.+))?", source):
@@ -137,8 +146,8 @@ def _source(source: str) -> str:
             f"[{found[1]}{inside}](https://huggingface.co/{found[1]}/tree/{found[2]}{inside}), commit `{found[2][:12]}`"
         )
     if source.startswith("tinker://"):
-        return f"`{source}`"
-    return f"`{PurePath(source).name}`"
+        return _code(source)
+    return _code(PurePath(source).name)
 
 
 def _ranks(compression: Compression) -> str:

@@ -22,13 +22,14 @@ def plot_curve(curve: Curve, path: Path) -> None:
     """
     figures = require("matplotlib.figure", "plots")
     metrics = list(curve.original.metrics)
-    figure = figures.Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        _panel(axes, curve, metric)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: the figure cannot be written: {error}") from error
+    with require("matplotlib", "plots").rc_context({"text.parse_math": False}):  # "$" in a name is no mathematics
+        figure = figures.Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
+        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+            _panel(axes, curve, metric)
+        try:
+            figure.savefig(path, dpi=150)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path}: the figure cannot be written: {error}") from error
 
 
 def _panel(axes: Any, curve: Curve, metric: str) -> None:

@@ -82,9 +82,12 @@ def campaigns_table(
         table.add_row(escape(condition), _mean(a), _mean(b), difference)
     ranks = [str(one.squeeze.recommended_rank or "none") for one in manifests]
     return Group(
-        *(f"{side}: {escape(one.config_file)}, {one.timestamp}" for side, one in zip("AB", manifests, strict=True)),
+        *(
+            f"{side}: {escape(one.config_file)}, {escape(one.timestamp)}"
+            for side, one in zip("AB", manifests, strict=True)
+        ),
         "",
-        f"{metric}, mean ± standard error over seeds",
+        f"{escape(metric)}, mean ± standard error over seeds",
         table,
         "",
         f"Recommended rank: {ranks[0]} and {ranks[1]}",

@@ -43,7 +43,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     metrics = list(evaluation.original.metrics)
     for metric in metrics:
-        table.add_column(metric.capitalize(), justify="right", no_wrap=True)
+        table.add_column(escape(metric.capitalize()), justify="right", no_wrap=True)
         if _compared(evaluation, metric):
             table.add_column("against the first", no_wrap=True)
     for one in evaluation.adapters:
@@ -70,11 +70,11 @@ def kept_table(kept: Kept, *, layers: bool = False) -> RenderableType:
     """The path to the smallest adapter that is good enough, and what was written."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("Tried")
-    for heading in ("Parameters", kept.metric.capitalize(), "", "holds in"):
+    for heading in ("Parameters", escape(kept.metric.capitalize()), "", "holds in"):
         table.add_column(heading, justify="right", no_wrap=True)
     for step in kept.steps:
         table.add_row(
-            step.policy,
+            escape(step.policy),
             f"{step.parameters:,}",
             _number(kept.metric, step.value),
             "passes" if step.passes else "[red]fails[/red]",
@@ -84,7 +84,7 @@ def kept_table(kept: Kept, *, layers: bool = False) -> RenderableType:
     side = "at most" if kept.metric == "loss" else "at least"
     surely = ", and in 95% of bootstrap draws" if kept.confident else ""
     return Group(
-        f"Criterion: {kept.metric} {side} {_number(kept.metric, kept.limit)} (the original's is "
+        f"Criterion: {escape(kept.metric)} {side} {_number(kept.metric, kept.limit)} (the original's is "
         f"{_number(kept.metric, kept.original)}) on {kept.examples:,} examples{surely}",
         "",
         table,
@@ -102,7 +102,7 @@ def curve_table(curve: Curve) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     metrics = list(curve.original.metrics)
     for metric in metrics:
-        table.add_column(metric.capitalize(), justify="right", no_wrap=True)
+        table.add_column(escape(metric.capitalize()), justify="right", no_wrap=True)
         table.add_column("")  # where there is no room for all of it, this is what takes more lines
     own = curve.original
     cells = [cell for metric in metrics for cell in (_number(metric, own.metrics[metric].value), "")]
@@ -113,7 +113,7 @@ def curve_table(curve: Curve) -> RenderableType:
             estimate = point.metrics[metric]
             cells += [_number(metric, estimate.value), _difference(metric, estimate)]
         table.add_row(
-            f"{point.outcome.policy} {point.label}".strip(),
+            escape(f"{point.outcome.policy} {point.label}".strip()),
             f"{point.outcome.parameters:,}",
             bytes_text(point.outcome.file_bytes),
             str(point.outcome.largest_rank),

@@ -83,7 +83,7 @@ def compression_table(compression: Compression, *, layers: bool = False) -> Rend
     table.add_column(overflow="fold")
     worst = compression.worst_layer
     table.add_row("Output", escape(compression.output))
-    table.add_row("Policy", f"{compression.policy}, largest rank {compression.rank}")
+    table.add_row("Policy", f"{escape(compression.policy)}, largest rank {compression.rank}")
     table.add_row("Parameters", _change(compression.parameters_before, compression.parameters_after, "{:,}".format))
     table.add_row("Weights", _change(compression.bytes_before, compression.bytes_after, bytes_text))
     table.add_row(
@@ -104,7 +104,7 @@ def plan_table(ranks: Ranks, found: Outcome) -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("Policy", ranks.policy)
+    table.add_row("Policy", escape(ranks.policy))
     table.add_row("Ranks", ", ".join(f"{rank} ({count} layers)" for rank, count in counts))
     table.add_row("Parameters", _change(found.source_parameters, found.parameters, "{:,}".format))
     table.add_row("Weights", bytes_text(found.file_bytes))
@@ -126,7 +126,7 @@ def comparison_table(
         for one in outcomes:
             if one.fraction == fraction:
                 table.add_row(
-                    one.policy,
+                    escape(one.policy),
                     _percent(one.parameters / one.source_parameters),
                     _percent(one.energy_kept),
                     _percent(one.worst_layer),
@@ -174,7 +174,7 @@ def verification_table(verification: Verification, *, layers: bool = False) -> R
 
 
 def _counts(counts: Mapping[Any, int]) -> str:
-    return ", ".join(f"{value} ({count})" for value, count in counts.items())
+    return ", ".join(f"{escape(str(value))} ({count})" for value, count in counts.items())
 
 
 def _errors_table(compression: Compression) -> RenderableType:

@@ -45,7 +45,7 @@ def run_table(record: RunRecord) -> RenderableType:
     ranks = str(record.rank) if record.rank == record.source_rank else f"{record.source_rank} → {record.rank}"
     table.add_row("Adapter", escape(record.adapter))
     table.add_row("Model", escape(record.model))
-    table.add_row("Method", f"{record.method}, rank {ranks}, {record.trained_parameters:,} parameters")
+    table.add_row("Method", f"{escape(record.method)}, rank {ranks}, {record.trained_parameters:,} parameters")
     table.add_row("Examples", f"{record.examples:,}" + (f", {record.held_out:,} held out" if record.held_out else ""))
     table.add_row("Training", f"{record.steps:,} steps in {record.seconds:,.1f} s")
     for key, label in _SHOWN.items():
