@@ -27,7 +27,7 @@ from lora_squeeze.formats.tensors import DTYPES, memory_of
 from lora_squeeze.peft_names import PREFIX
 from lora_squeeze.provenance import ENTRY, stated
 
-__all__ = ["convert"]
+__all__ = ["convert", "rewritten"]
 
 _BIAS = ".lora_B.bias"
 
@@ -67,8 +67,19 @@ def convert(adapter: Adapter, to: str) -> Adapter:
     converted = {"diffusers": _with_scale_one, "kohya": _to_kohya, "peft": _to_peft}[to](via_diffusers)
     left_behind = ", ".join(adapter.files)
     notes = (f"a {to} adapter is one file, so these stay behind: {left_behind}",) if left_behind else ()
+    return _told(replace(converted, format=to, files={}, notes=(*converted.notes, *notes)), adapter)
+
+
+def rewritten(adapter: Adapter) -> Adapter:
+    """An adapter in the format that it has, as one that is made of the file: with what reading it put right."""
+    return _told(adapter, adapter)
+
+
+def _told(converted: Adapter, adapter: Adapter) -> Adapter:
+    """What is made of an adapter, with the provenance that says so."""
     ranks = {name: spec.rank for name, spec in converted.layers.items()}
-    made = stated(adapter, f"convert to {to}", ranks=ranks, layers=converted.layers, relative_error=math.nan)
+    policy = f"convert to {converted.format}"
+    made = stated(adapter, policy, ranks=ranks, layers=converted.layers, relative_error=math.nan)
 
     def late_metadata(fingerprint: str) -> dict[str, str]:
         inherited = adapter.late_metadata(fingerprint) if adapter.late_metadata else {}
@@ -77,12 +88,10 @@ def convert(adapter: Adapter, to: str) -> Adapter:
 
     return replace(
         converted,
-        format=to,
-        files={},
         metadata={**converted.metadata, ENTRY: made.to_json()},
         late_metadata=late_metadata,
         deviations={},
-        notes=(*(note for note in converted.notes if note != KEPT_NOTE), *notes),  # nothing is squeezed here
+        notes=tuple(note for note in converted.notes if note != KEPT_NOTE),  # nothing is squeezed here
     )
 
 
