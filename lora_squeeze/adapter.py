@@ -14,8 +14,11 @@ __all__ = ["Adapter", "Deviation", "LayerSpec", "LoraLayer", "PassThrough", "who
 
 # In what a file may differ from what is written in its place, so that a program may stumble over the file itself:
 # AdaLoRA's factors; keys without PEFT's prefix, or with an adapter's name in them; a configuration without its
-# peft_type, or one that asks for an initialisation that its ranks do not allow; convolutions of three factors.
-Deviation: TypeAlias = Literal["adalora", "bare keys", "named keys", "no peft_type", "odd orthogonal", "cp form"]
+# peft_type, or one that asks for an initialisation that its ranks do not allow; pickled tensors; convolutions of
+# three factors.
+Deviation: TypeAlias = Literal[
+    "adalora", "bare keys", "named keys", "no peft_type", "odd orthogonal", "pickled", "cp form"
+]
 
 
 def _nothing(*_: object) -> None:

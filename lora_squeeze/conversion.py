@@ -25,7 +25,7 @@ from lora_squeeze.peft_names import BIAS, PREFIX
 from lora_squeeze.provenance import ENTRY, stated
 from lora_squeeze.rewriting import scale_in_factors, states_scales
 
-__all__ = ["convert"]
+__all__ = ["convert", "rewritten"]
 
 # What the words of kohya's names are, longest first: "to_out" is one word, "attn1_to" are two.
 _UNET_WORDS = (
@@ -64,8 +64,19 @@ def convert(adapter: Adapter, to: str) -> Adapter:
     converted = {"diffusers": scale_in_factors, "kohya": _to_kohya, "peft": _to_peft}[to](via_diffusers)
     left_behind = ", ".join(adapter.files)
     notes = (f"a {to} adapter is one file, so these stay behind: {left_behind}",) if left_behind else ()
+    return _told(replace(converted, format=to, files={}, notes=(*converted.notes, *notes)), adapter)
+
+
+def rewritten(adapter: Adapter) -> Adapter:
+    """An adapter in the format that it has, as one that is made of the file: with what reading it put right."""
+    return _told(adapter, adapter)
+
+
+def _told(converted: Adapter, adapter: Adapter) -> Adapter:
+    """What is made of an adapter, with the provenance that says so."""
     ranks = {name: spec.rank for name, spec in converted.layers.items()}
-    made = stated(adapter, f"convert to {to}", ranks=ranks, layers=converted.layers, relative_error=math.nan)
+    policy = f"convert to {converted.format}"
+    made = stated(adapter, policy, ranks=ranks, layers=converted.layers, relative_error=math.nan)
 
     def late_metadata(fingerprint: str) -> dict[str, str]:
         inherited = adapter.late_metadata(fingerprint) if adapter.late_metadata else {}
@@ -74,12 +85,10 @@ def convert(adapter: Adapter, to: str) -> Adapter:
 
     return replace(
         converted,
-        format=to,
-        files={},
         metadata={**converted.metadata, ENTRY: made.to_json()},
         late_metadata=late_metadata,
         deviations={},
-        notes=(*(note for note in converted.notes if note != KEPT_NOTE), *notes),  # nothing is squeezed here
+        notes=tuple(note for note in converted.notes if note != KEPT_NOTE),  # nothing is squeezed here
     )
 
 

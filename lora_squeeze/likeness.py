@@ -54,34 +54,42 @@ class LayerLikeness:
 
 @dataclass(frozen=True)
 class Likeness:
-    """Two adapters: the layers that both adapt, and the names of those that only one does."""
+    """Two adapters: the layers that both adapt, and the names of those that only one does.
+
+    A layer that one does not adapt has an update of zero there, and so adds nothing to ⟨ΔA, ΔB⟩.
+
+    energy_only_a, energy_only_b
+        ‖ΔA‖² over the layers that only A adapts, and ‖ΔB‖² over those that only B does.
+    """
 
     source_a: str
     source_b: str
     layers: tuple[LayerLikeness, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    energy_only_a: float
+    energy_only_b: float
     parameters_a: int
     parameters_b: int
 
     @property
     def energy_a(self) -> float:
-        """‖ΔA‖² over the layers that both adapt."""
-        return sum(one.a.energy for one in self.layers)
+        """‖ΔA‖² over all of A's layers."""
+        return sum(one.a.energy for one in self.layers) + self.energy_only_a
 
     @property
     def energy_b(self) -> float:
-        """‖ΔB‖² over the layers that both adapt."""
-        return sum(one.b.energy for one in self.layers)
+        """‖ΔB‖² over all of B's layers."""
+        return sum(one.b.energy for one in self.layers) + self.energy_only_b
 
     @property
     def cosine(self) -> float:
-        """Of both updates as one vector each, over the layers that both adapt."""
+        """Of both updates as one vector each, over the layers of either."""
         return _cosine(sum(one.inner for one in self.layers), self.energy_a, self.energy_b)
 
     @property
     def distance(self) -> float:
-        """‖ΔB − ΔA‖ / ‖ΔA‖ over the layers that both adapt."""
+        """‖ΔB − ΔA‖ / ‖ΔA‖ over the layers of either."""
         return _distance(sum(one.inner for one in self.layers), self.energy_a, self.energy_b)
 
     def to_json(self) -> str:
@@ -90,7 +98,8 @@ class Likeness:
             {**dataclasses.asdict(one), "name": one.name, "cosine": one.cosine, "distance": one.distance}
             for one in self.layers
         ]
-        fields = {**dataclasses.asdict(self), "layers": layers, "cosine": self.cosine, "distance": self.distance}
+        derived = {name: getattr(self, name) for name in ("energy_a", "energy_b", "cosine", "distance")}
+        fields = {**dataclasses.asdict(self), "layers": layers, **derived}
         return json.dumps({"record": "Likeness", **_finite(fields)}, indent=1, ensure_ascii=False)
 
 

@@ -168,13 +168,18 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """Quality against size: points of several policies, and the original."""
+    """Quality against size: points of several policies, and the original.
+
+    adapter_sha256
+        of the original's weight file; "" in what earlier versions measured.
+    """
 
     base: str
     data: str
     examples: int
     original: Evaluated
     points: tuple[CurvePoint, ...]
+    adapter_sha256: str = ""
 
     def to_json(self) -> str:
         """All fields; `from_json` reads them back."""
@@ -206,6 +211,7 @@ class Curve:
                 examples=int(fields["examples"]),
                 original=original,
                 points=tuple(points),
+                adapter_sha256=str(fields.get("adapter_sha256", "")),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RankError(f"the curve is damaged: {error!r}") from error

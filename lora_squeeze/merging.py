@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -19,15 +19,30 @@ import torch
 
 from lora_squeeze.adapter import Adapter, LayerSpec, LoraLayer, PassThrough, whole
 from lora_squeeze.conversion import convert
+from lora_squeeze.documents import parse_json
 from lora_squeeze.errors import AdapterError, SettingsError, UnsupportedAdapter
 from lora_squeeze.peft_names import BIAS
 from lora_squeeze.provenance import ENTRY
 from lora_squeeze.summary import base_model_of
 
-__all__ = ["merge"]
+__all__ = ["Merged", "merge", "merged_in"]
 
 _TOKENS = "trainable_token_indices"
 PROVENANCE = "lora_squeeze_merge"  # the metadata entry with the hashes and weights of what was merged
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a file says of the sum that it was made of.
+
+    sha256
+        of this statement, which is what the sum's own provenance has for its source.
+    weights
+        SHA-256 of each source's weight file → the weights it had: several if it was added more than once.
+    """
+
+    sha256: str
+    weights: Mapping[str, tuple[float, ...]]
 
 
 def merge(
@@ -81,6 +96,21 @@ def merge(
         hash_along=partial(_hash_along, adapters),
         notes=_notes(same_format, specs, kept),
     )
+
+
+def merged_in(adapter: Adapter) -> Merged | None:
+    """What the adapter's file says of a merge; None if it says nothing. Raises AdapterError if it is damaged."""
+    text = adapter.metadata.get(PROVENANCE)
+    if text is None:
+        return None
+    weights: dict[str, tuple[float, ...]] = {}
+    try:
+        for part in parse_json(text):
+            digest = str(part["sha256"])
+            weights[digest] = (*weights.get(digest, ()), float(part["weight"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"{adapter.source}: '{PROVENANCE}' in the header is damaged: {error!r}") from error
+    return Merged(hashlib.sha256(text.encode()).hexdigest(), weights)
 
 
 def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ def pair_up(
     rank: int | None = None,
     on_layer: Callable[[str], None] | None = None,
 ) -> Likeness:
-    """Compare the layers that two adapters have in common.
+    """Compare two adapters: the layers that they have in common one by one, and both as a whole.
 
     rank
         how many leading directions to compare; default: in each layer the effective rank of the
@@ -62,12 +62,16 @@ def pair_up(
         layers.append(layer)
         if on_layer is not None:
             on_layer(layer.name)
+    only_a = [one for name, one in spectra_a.items() if name not in spectra_b]
+    only_b = [one for name, one in spectra_b.items() if name not in spectra_a]
     return Likeness(
         source_a=a.adapter.source,
         source_b=b.adapter.source,
         layers=tuple(layers),
-        only_a=tuple(name for name in spectra_a if name not in spectra_b),
-        only_b=tuple(name for name in spectra_b if name not in spectra_a),
+        only_a=tuple(one.name for one in only_a),
+        only_b=tuple(one.name for one in only_b),
+        energy_only_a=sum((one.energy for one in only_a), start=0.0),
+        energy_only_b=sum((one.energy for one in only_b), start=0.0),
         parameters_a=a.adapter.parameters,
         parameters_b=b.adapter.parameters,
     )

@@ -8,6 +8,7 @@ a fraction between 0 and 1.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,9 @@ __all__ = [
     "error_over_all",
     "outcomes_to_json",
 ]
+
+_BY_HAND = "edited by hand"
+_DIGEST = "by_layer_sha256"
 
 
 @dataclass(frozen=True)
@@ -164,17 +168,23 @@ class Ranks:
         return max(self.by_layer.values(), default=0)
 
     def to_json(self) -> str:
-        """All fields; `from_json` reads them back."""
-        return _to_json(self)
+        """All fields, and a digest of the ranks; `from_json` reads them back."""
+        return _to_json(self, **{_DIGEST: _digest(self.by_layer)})
 
     @classmethod
     def from_json(cls, text: str) -> Ranks:
-        """Read what `to_json` wrote. Raises RankError if the text is something else."""
+        """Read what `to_json` wrote. Raises RankError if the text is something else.
+
+        Where the ranks are no more those of the digest, the policy says that they were edited by hand.
+        """
         fields = _from_json(text, "Ranks")
         by_layer = fields.get("by_layer")
         if not isinstance(by_layer, dict) or not all(type(rank) is int for rank in by_layer.values()):
             raise RankError("'by_layer' must map layer names to whole numbers")
-        return cls(policy=str(fields.get("policy", "edited by hand")), by_layer=by_layer)
+        policy = str(fields.get("policy", _BY_HAND))
+        # Plans without a digest are older, or from a report's page: nobody can tell.
+        edited = fields.get(_DIGEST) is not None and fields[_DIGEST] != _digest(by_layer)
+        return cls(policy=f"{policy}, {_BY_HAND}" if edited and _BY_HAND not in policy else policy, by_layer=by_layer)
 
 
 @dataclass(frozen=True)
@@ -353,6 +363,11 @@ def _check_type(value: Any, kind: type, name: str) -> Any:
     if type(value) is not kind:
         raise TypeError(f"'{name}' holds {value!r}")
     return value
+
+
+def _digest(by_layer: Mapping[str, int]) -> str:
+    """The same for the same ranks, however the file is laid out."""
+    return hashlib.sha256(json.dumps(by_layer, sort_keys=True).encode()).hexdigest()
 
 
 def _to_json(record: Any, **derived: Any) -> str:

@@ -19,6 +19,7 @@ from lora_squeeze.formats.dora import magnitude_module
 from lora_squeeze.formats.peft_config import config_for
 from lora_squeeze.formats.remote import OnDownload
 from lora_squeeze.formats.tensors import read_safetensors
+from lora_squeeze.merging import Merged, merged_in
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.provenance import Provenance, provenance_of
 from lora_squeeze.records import Check, Compression, SqueezedLayer, Verification
@@ -42,7 +43,8 @@ def verify(
 
     source
         what it was made from. If it is given, its hash is checked, everything that is no factor has
-        to be the same bit by bit, and the loss is measured from both files, layer by layer.
+        to be the same bit by bit, and the loss is measured from both files, layer by layer. Of a merge it
+        may be one of the adapters that were added up; only whether it is one of them is checked then.
     on_layer
         called with each layer's name when its loss has been measured.
     on_download
@@ -65,21 +67,40 @@ def verify(
     loss = None
     if source is not None:
         original = open_adapter(source, on_download=on_download)
-        checks += [] if made is None else [_source(original, made)]
-        if original.format != written.format:
-            original = convert(original, written.format)
-        # Trained biases go the way of the scales; a loss is measured against the factors that were not rounded.
-        folded = written.format == "diffusers" and not states_scales(written)
-        carried = scale_in_factors(original) if folded else original
-        checks += [
-            _layers(original, written, made),
-            _carried_over(carried, written, fitted=made is not None and made.fitted),
-            _configuration(original, written),
-        ]
-        if all(check.passed for check in checks if check.name in ("layers", "finite")):
-            loss = _loss(original, written, policy=made.policy if made else "unknown", on_layer=on_layer)
-            checks += [_error(loss, original, made)] if made else []
+        parts = None if made is None else _parts(written, made, original)
+        if parts is not None:
+            checks.append(_part(original, parts))
+        else:
+            checks += [] if made is None else [_source(original, made)]
+            compared, loss = _compared(original, written, made, whole=checks[1].passed, on_layer=on_layer)
+            checks += compared
     return Verification(output=str(output), source=str(source or ""), checks=tuple(checks), loss=loss)
+
+
+def _compared(
+    original: Adapter,
+    written: Adapter,
+    made: Provenance | None,
+    *,
+    whole: bool,
+    on_layer: Callable[[str], None] | None,
+) -> tuple[list[Check], Compression | None]:
+    """Everything that the file should have of its source, and what it lost if both are whole and of one shape."""
+    if original.format != written.format:
+        original = convert(original, written.format)
+    # Trained biases go the way of the scales; a loss is measured against the factors that were not rounded.
+    folded = written.format == "diffusers" and not states_scales(written)
+    carried = scale_in_factors(original) if folded else original
+    layers = _layers(original, written, made)
+    checks = [
+        layers,
+        _carried_over(carried, written, fitted=made is not None and made.fitted),
+        _configuration(original, written),
+    ]
+    if not (whole and layers.passed):
+        return checks, None
+    loss = _loss(original, written, policy=made.policy if made else "unknown", on_layer=on_layer)
+    return [*checks, *([_error(loss, original, made)] if made else [])], loss
 
 
 def _finite(adapter: Adapter) -> Check:
@@ -136,6 +157,30 @@ def _source(original: Adapter, made: Provenance) -> Check:
     if found in made.ancestors:
         return Check("source", True, "one from which the source was made in turn")
     return Check("source", False, f"its SHA-256 is {found[:12]}…, the header names {made.source_sha256[:12]}…")
+
+
+def _parts(written: Adapter, made: Provenance, original: Adapter) -> Merged | None:
+    """What was added up, if this was made of a sum, and not of this source alone."""
+    try:
+        parts = merged_in(written)
+    except AdapterError:  # nor has it the hash by which the provenance knows it: the source is none that is named
+        return None
+    line = (made.source_sha256, *made.ancestors)
+    return parts if parts is not None and parts.sha256 in line and original.sha256() not in line else None
+
+
+def _part(original: Adapter, parts: Merged) -> Check:
+    """Whether the source is in a sum. Layers, tensors and loss are those of the sum, of which it is a part only."""
+    found = original.sha256()
+    if found not in parts.weights:
+        named = ", ".join(f"{digest[:12]}…" for digest in parts.weights)
+        return Check("source", False, f"its SHA-256 is {found[:12]}…, and this is a merge of {named}")
+    weights = " and ".join(f"{weight:g}" for weight in parts.weights[found])
+    count = sum(map(len, parts.weights.values()))
+    said = (
+        f"one of {count} that were merged, with weight {weights}; all else is of their sum, and not compared with one"
+    )
+    return Check("source", True, said)
 
 
 def _layers(original: Adapter, written: Adapter, made: Provenance | None) -> Check:

@@ -78,12 +78,12 @@ def test_a_plan_is_edited_by_hand_and_applied(tmp_path, adapter):
     plan = json.loads(file.read_text())
     dropped, deepened, *others = plan["by_layer"]
     plan["by_layer"] |= {dropped: 0, deepened: 7}
-    plan["policy"] = "edited by hand"
     file.write_text(json.dumps(plan))
 
     text = prints("compress", adapter, tmp_path / "out", "--ranks", file)
 
-    assert "edited by hand" in text
+    assert "fixed=4, edited by hand" in text
+    assert "fixed=4, edited by hand, by" in prints("verify", tmp_path / "out", adapter)
     assert ranks(LLAMA, tmp_path / "out") == {deepened: 7} | dict.fromkeys(others, 4)
     before, after = updates(LLAMA, adapter), updates(LLAMA, tmp_path / "out")
     for name, rank in ranks(LLAMA, tmp_path / "out").items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import CONFIG, make_adapter, relative
+from adapters import CONFIG, WEIGHTS, make_adapter, relative
 from click.testing import CliRunner
 from images import (
     kohya_pair,
@@ -157,6 +157,25 @@ def test_metadata_of_kohyas_own_tensors_does_not_come_along(tmp_path):
 def test_the_same_format_is_the_same_adapter(folder):
     adapter = open_adapter(folder)
     assert convert(adapter, "peft") is adapter
+
+
+def test_to_its_own_format_there_is_nothing_to_convert(tmp_path, folder):
+    done = CliRunner().invoke(main, ["convert", str(folder), str(tmp_path / "out"), "--to", "peft"])
+    assert done.exit_code == 2
+    assert "is a peft adapter already" in done.output
+    assert "copy it" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_tensors_are_converted_to_their_own_format(tmp_path):
+    source = make_adapter(tmp_path / "in", use_dora=True)
+    torch.save(load_file(source / WEIGHTS), source / "adapter_model.bin")
+    (source / WEIGHTS).unlink()
+    done = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "out"), "--to", "peft"])
+    assert done.exit_code == 0, done.output
+    assert "--base" not in done.output  # nothing is squeezed
+    assert verify(tmp_path / "out", source).passed
+    assert verify(tmp_path / "out").checks[2].found.startswith("convert to peft,")
 
 
 def test_files_that_stay_behind_are_named(tmp_path, folder):

@@ -239,6 +239,7 @@ def test_curve_as_table_record_and_figure(world, tmp_path):
     for file, told in ((tmp_path / "new" / "curve.json", []), (tmp_path / "old" / "curve.json", ["--overwrite"])):
         record = json.loads(cli("curve", world / "a", *base, *options, "-o", file, *told, "--json").stdout)
         assert json.loads(file.read_text()) == record
+    assert record["adapter_sha256"] == open_adapter(world / "a").sha256()
     points = {(one["policy"], one["label"], one["outcome"]["fraction"]): one for one in record["points"]}
     assert set(points) == {(p, label, f) for p in ("fixed", "params") for label in ("", "on data") for f in (0.5, 0.25)}
     alone = json.loads(cli("evaluate", world / "a", *base, "--ranks", "4", "--metric", "loss", "--json").stdout)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lora_squeeze import compress_adapter, decompose, open_adapter
+from lora_squeeze import compress_adapter, decompose, open_adapter, verify
 from lora_squeeze.cli import main
 from lora_squeeze.errors import AdapterError, RankError
 from lora_squeeze.pairing import pair_up
 from tests.adapters import CONVOLUTIONS, LLAMA, make_adapter, pair, updates, write_raw
 from tests.campaigns import make_campaign
+from tests.commands import write_plan
 
 
 def decomposed(folder):
@@ -82,6 +83,51 @@ def test_layers_that_only_one_adapts_are_named(tmp_path):
     b = write_raw(tmp_path / "b", {**pair("x.q", 8, 4, 6, seed=1), **pair("x.v", 8, 4, 6)})
     found = pair_up(decomposed(a), decomposed(b))
     assert ([one.name for one in found.layers], found.only_a, found.only_b) == (["x.q"], ("x.k",), ("x.v",))
+
+
+def test_a_layer_that_one_lacks_is_zero_there(tmp_path):
+    a = write_raw(tmp_path / "a", {**pair("x.q", 8, 4, 6), **pair("x.k", 8, 4, 6, seed=3)})
+    b = write_raw(tmp_path / "b", {**pair("x.q", 8, 4, 6, seed=1), **pair("x.v", 8, 4, 6, seed=2)})
+    dense_a, dense_b = dense(a), dense(b)
+    found = pair_up(decomposed(a), decomposed(b))
+    zero = torch.zeros(8, 6, dtype=torch.float64)
+    whole_a, whole_b = (
+        torch.cat([one.get(name, zero).flatten() for name in ("x.q", "x.k", "x.v")]) for one in (dense_a, dense_b)
+    )
+    assert found.energy_a == pytest.approx(float(whole_a.square().sum()), rel=1e-9)
+    assert found.energy_b == pytest.approx(float(whole_b.square().sum()), rel=1e-9)
+    assert found.energy_only_a == pytest.approx(float(dense_a["x.k"].square().sum()), rel=1e-9)
+    assert found.energy_only_b == pytest.approx(float(dense_b["x.v"].square().sum()), rel=1e-9)
+    assert found.distance == pytest.approx(float((whole_b - whole_a).norm() / whole_a.norm()), rel=1e-9)
+    assert found.cosine == pytest.approx(float(torch.cosine_similarity(whole_a, whole_b, dim=0)), abs=1e-9)
+    record = json.loads(run("compare", a, b, "--json").output)
+    assert [record[name] for name in ("energy_a", "energy_b", "cosine", "distance")] == pytest.approx(
+        [found.energy_a, found.energy_b, found.cosine, found.distance], rel=1e-9
+    )
+    shown = " ".join(run("compare", a, b).output.split())
+    assert f"‖Δ‖ {found.energy_a**0.5:.4g} {found.energy_b**0.5:.4g}" in shown
+    assert f"Layers only here 1, {found.energy_only_a / found.energy_a:.1%} of the energy (first: x.k)" in shown
+
+
+def dense(folder):
+    adapter = open_adapter(folder)
+    layers = (adapter.load(name) for name in adapter.layers)
+    return {layer.name: layer.scale * layer.up.double() @ layer.down.double() for layer in layers}
+
+
+def test_layers_that_were_left_out_are_lost_as_compress_says(folders, tmp_path):
+    plan = write_plan(tmp_path / "plan.json", folders[0], **{"model.layers.0.mlp.down_proj": 0})
+    done = run("compress", folders[0], tmp_path / "small", "--ranks", plan, "--dtype", "f32")
+    assert done.exit_code == 0, done.output
+    found = pair_up(decomposed(folders[0]), decomposed(tmp_path / "small"))
+    assert found.only_a == ("model.layers.0.mlp.down_proj",)
+    before, after = updates(LLAMA, folders[0]), updates(LLAMA, tmp_path / "small")
+    whole_a, whole_b = (
+        torch.cat([one.get(name, torch.zeros_like(before[name])).flatten() for name in before])
+        for one in (before, after)
+    )
+    assert found.distance == pytest.approx(float((whole_b - whole_a).norm() / whole_a.norm()), rel=1e-6)
+    assert found.distance == pytest.approx(verify(tmp_path / "small", folders[0]).loss.relative_error, rel=1e-6)
 
 
 def test_a_layer_that_does_nothing_is_like_no_other(tmp_path):

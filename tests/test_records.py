@@ -110,6 +110,27 @@ def test_ranks_edited_by_hand_may_lack_a_policy():
     assert Ranks.from_json('{"record": "Ranks", "by_layer": {"a": 3}}') == Ranks("edited by hand", {"a": 3})
 
 
+def test_ranks_that_were_edited_say_so():
+    written = Ranks("para-energy=0.7", {"a": 3, "b": 2, "model.ä": 4}).to_json()
+    fields = json.loads(written)
+    edited = {**fields, "by_layer": {**fields["by_layer"], "a": 1}}
+    found = Ranks.from_json(json.dumps(edited))
+    assert found == Ranks("para-energy=0.7, edited by hand", {"a": 1, "b": 2, "model.ä": 4})
+    assert Ranks.from_json(found.to_json()) == found
+    once_more = {**json.loads(found.to_json()), "by_layer": {"a": 2}}
+    assert Ranks.from_json(json.dumps(once_more)).policy == "para-energy=0.7, edited by hand"
+    assert Ranks.from_json(json.dumps({**fields, "by_layer_sha256": 3})).policy == "para-energy=0.7, edited by hand"
+    assert Ranks.from_json(json.dumps({**edited, "policy": "edited by hand"})).policy == "edited by hand"
+
+
+def test_another_layout_or_no_digest_is_no_edit():
+    fields = json.loads(Ranks("para-energy=0.7", {"a": 3, "model.ä": 4}).to_json())
+    laid_out = {**fields, "by_layer": dict(reversed(fields["by_layer"].items()))}
+    assert Ranks.from_json(json.dumps(laid_out, indent=7)).policy == "para-energy=0.7"
+    older = {name: value for name, value in fields.items() if name != "by_layer_sha256"}
+    assert Ranks.from_json(json.dumps({**older, "by_layer": {"a": 1}})) == Ranks("para-energy=0.7", {"a": 1})
+
+
 NOT_A_RECORD = ["", "{", "[]", "null", "3", '"Ranks"', "{}", '{"record": "Other"}', '{"record": ["Ranks"]}']
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -12,7 +13,9 @@ from click.testing import CliRunner
 from lora_squeeze import decompose, open_adapter
 from lora_squeeze.analysis import analyze
 from lora_squeeze.cli import main
+from lora_squeeze.errors import RankError
 from lora_squeeze.exploration import explore_analysis
+from lora_squeeze.measurements import Curve, Evaluated
 from lora_squeeze.records import Spectrum
 from lora_squeeze.report.arrangement import arrange
 from lora_squeeze.report.html import report_page, vendored
@@ -40,6 +43,23 @@ def spectra(layers: int, rank: int = 64) -> list[Spectrum]:
         for i in range(layers // 7)
         for j, module in enumerate(modules)
     ]
+
+
+def test_a_curve_of_another_adapter_is_refused(tmp_path):
+    adapter, other = make_adapter(tmp_path / "a", seed=1), make_adapter(tmp_path / "b", seed=2)
+    curve = Curve("tiny", "data", 5, Evaluated("a", 8, open_adapter(adapter).parameters, {}), ())
+    own = replace(curve, adapter_sha256=open_adapter(adapter).sha256())
+    assert Curve.from_json(own.to_json()) == own
+    found, of_other = (explore_adapter(decompose(open_adapter(one)), ["fixed=2"]) for one in (adapter, other))
+    assert "quality" in record_of(report_page(found, curve=own))
+    with pytest.raises(RankError, match=r"another adapter.*SHA-256"):
+        report_page(of_other, curve=own)
+    # An older curve has no hash, and an analysis none to compare it with.
+    old = json.loads(own.to_json())
+    del old["adapter_sha256"]
+    assert "quality" in record_of(report_page(of_other, curve=Curve.from_json(json.dumps(old))))
+    alone = explore_analysis(analyze(decompose(open_adapter(other)).spectra), ["fixed=2"])
+    assert "quality" in record_of(report_page(alone, curve=own))
 
 
 def test_vendored_libraries_are_those_that_were_looked_at():

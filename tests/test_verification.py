@@ -27,6 +27,7 @@ from lora_squeeze.merging import merge
 from lora_squeeze.policies import energy
 from lora_squeeze.provenance import provenance_of
 from lora_squeeze.records import Ranks, Verification
+from lora_squeeze.verbs import full_rank
 
 
 def failed(verification: Verification) -> dict[str, str]:
@@ -213,6 +214,43 @@ def test_what_is_saved_only_at_the_end_of_a_chain_says_all_that_was_done(tmp_pat
     else:
         assert made.source_sha256 == source.sha256()
         assert failed(verify(tmp_path / "out.safetensors", path)) == {}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    return [make_adapter(tmp_path / name, seed=seed, r=r) for name, seed, r in (("a", 1, 8), ("b", 2, 4), ("c", 3, 8))]
+
+
+@pytest.fixture
+def merged(tmp_path, parts):
+    found = merge([open_adapter(part) for part in parts[:2]], (0.7, -0.3))
+    squeeze(found, full_rank(found), tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def test_a_merge_is_verified_against_each_of_its_sources(tmp_path, parts, merged):
+    compress_adapter(merged, tmp_path / "squeezed", 2)
+    for output in (merged, tmp_path / "squeezed"):
+        for source, weight in zip(parts, ("0.7", "-0.3"), strict=False):
+            verification = verify(output, source)
+            assert failed(verification) == {}
+            assert f"one of 2 that were merged, with weight {weight};" in verification.checks[-1].found
+            assert verification.loss is None
+            assert {check.name for check in verification.checks}.isdisjoint({"layers", "carried over", "error"})
+        found = failed(verify(output, parts[2]))
+        assert found.keys() == {"source"}
+        assert "this is a merge of" in found["source"]
+    against_the_sum = verify(tmp_path / "squeezed", merged)
+    assert failed(against_the_sum) == {}
+    assert against_the_sum.loss is not None
+    result = CliRunner().invoke(main, ["verify", str(merged), str(parts[0]), "--layers"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("text", ['[{"sha256": "00", "weight": 1}]', "[1]", "", "{}"])
+def test_a_statement_of_sources_that_was_changed_is_none(parts, merged, text):
+    change(merged / WEIGHTS, lambda _: None, lora_squeeze_merge=text)
+    assert "source" in failed(verify(merged, parts[0]))
 
 
 def test_a_saved_copy_keeps_its_provenance(tmp_path, source, output):

@@ -79,6 +79,7 @@ def curve(
         examples=trial.count,
         original=measured.original,
         points=tuple(points),
+        adapter_sha256=next((found.adapter.sha256() for found in decompositions.values()), ""),
     )
 
 

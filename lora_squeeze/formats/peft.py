@@ -63,7 +63,7 @@ def open_peft(path: Path) -> Adapter:
         sha256=cache(tensors.sha256),
         hash_along=tensors.hash_along,
         left_out=left_out,
-        deviations=dict(_deviations(config, keys, [place.spec for place in found.values()])),
+        deviations=dict(_deviations(config, tensors.path, keys, [place.spec for place in found.values()])),
         notes=tuple(_notes(config, tensors.path, keys, left_behind, foreign)),
     )
 
@@ -142,7 +142,9 @@ def _lies_in(file: Path, folders: tuple[Path, ...]) -> bool:
     return any(folder in place.parents for folder in folders)
 
 
-def _deviations(config: Mapping[str, Any], keys: Keys, specs: Iterable[LayerSpec]) -> Iterator[tuple[Deviation, str]]:
+def _deviations(
+    config: Mapping[str, Any], weights: Path, keys: Keys, specs: Iterable[LayerSpec]
+) -> Iterator[tuple[Deviation, str]]:
     """In what the files differ from what `write_peft` makes of them, and how they have it."""
     if config.get("peft_type") == "ADALORA":
         yield "adalora", "it is AdaLoRA, whose keys are not LoRA's and whose update has a third factor, lora_E"
@@ -152,6 +154,8 @@ def _deviations(config: Mapping[str, Any], keys: Keys, specs: Iterable[LayerSpec
         yield "named keys", f"the keys carry the adapter name '{keys.adapter_name}'"
     if "peft_type" not in config:
         yield "no peft_type", f"{CONFIG} has no peft_type"
+    if weights.name == PICKLED_WEIGHTS:
+        yield "pickled", f"its tensors are pickled, in {PICKLED_WEIGHTS}"
     odd = next((spec for spec in specs if spec.rank % 2), None)
     if odd is not None and config.get("init_lora_weights") == "orthogonal":
         yield "odd orthogonal", f"init_lora_weights is 'orthogonal', and layer '{odd.name}' has the odd rank {odd.rank}"

@@ -95,6 +95,14 @@ def _measured(exploration: Exploration, curve: Curve | None, campaign: Overview 
         folder = campaign.folder.resolve()
         found |= {"campaign": campaign_section(campaign), "title": folder.name, "subtitle": str(campaign.folder)}
     if curve is not None:
+        # An older curve has none, and neither has an analysis without its adapter.
+        hashes = {curve.adapter_sha256, exploration.source_sha256} - {""}
+        if len(hashes) > 1:
+            raise RankError(
+                f"the curve was measured with another adapter: the SHA-256 of that one's weights is "
+                f"{curve.adapter_sha256[:12]}…, of {exploration.analysis.source} {exploration.source_sha256[:12]}…; "
+                "measure it with this one: lora-squeeze curve"
+            )
         parameters = exploration.settings[0].outcome.source_parameters
         measured = {point.outcome.source_parameters for point in curve.points} - {parameters}
         if measured:

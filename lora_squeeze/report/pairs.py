@@ -32,7 +32,11 @@ def likeness_table(found: Likeness, *, layers: bool = False) -> RenderableType:
     whole.add_row("Ranks", _range(ranks_a, 0), _range(ranks_b, 0))
     whole.add_row("Effective ranks", _range(effective_a, 1), _range(effective_b, 1))
     whole.add_row("‖Δ‖", f"{found.energy_a**0.5:.4g}", f"{found.energy_b**0.5:.4g}")
-    whole.add_row("Layers only here", *(_names(names) for names in (found.only_a, found.only_b)))
+    whole.add_row(
+        "Layers only here",
+        _names(found.only_a, _share(found.energy_only_a, found.energy_a)),
+        _names(found.only_b, _share(found.energy_only_b, found.energy_b)),
+    )
     shown = found.layers if layers else sorted(found.layers, key=lambda one: one.cosine)[:8]
     which = "" if layers or len(shown) == len(found.layers) else f", the {len(shown)} least alike (--layers shows all)"
     return Group(
@@ -109,8 +113,8 @@ def _range(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _names(names: Sequence[str]) -> str:
-    return f"{len(names)} (first: {escape(names[0])})" if names else "none"
+def _names(names: Sequence[str], share: str) -> str:
+    return f"{len(names)}, {share} of the energy (first: {escape(names[0])})" if names else "none"
 
 
 def _share(energy: float, whole: float) -> str:
