@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from evaluated import save_adapter
+from evaluated import save_world
 from peft import PeftModel
-from tiny import save_tiny_bert, save_tiny_llama
 from torch.nn import functional
 
 from lora_squeeze import decompose, fixed, squeeze
@@ -24,13 +23,7 @@ from lora_squeeze.records import Ranks
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    language, classifier = save_tiny_llama(folder / "llama"), save_tiny_bert(folder / "bert")
-    save_adapter(language, folder / "a", size=0.15)
-    save_adapter(language, folder / "b", seed=1, r=3, size=0.15)
-    save_adapter(classifier, folder / "c", task="SEQ_CLS", target_modules=["query", "value", "dense"])
-    save_adapter(classifier, folder / "d", task="SEQ_CLS", seed=1, target_modules=["query"])
-    return folder
+    return save_world(tmp_path_factory.mktemp("world"))
 
 
 def language_subject(world, *names):

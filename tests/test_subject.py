@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluated import save_adapter
+from evaluated import save_world
 from safetensors.torch import load_file, save_file
 from test_hub import server  # noqa: F401
-from tiny import save_tiny_bert, save_tiny_llama
 
 from lora_squeeze import decompose
 from lora_squeeze.attaching import attach_adapter, use_adapter, write_labels
@@ -22,12 +21,7 @@ from lora_squeeze.records import Ranks
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    language, classifier = save_tiny_llama(folder / "llama"), save_tiny_bert(folder / "bert")
-    save_adapter(language, folder / "a", size=0.15)
-    save_adapter(language, folder / "b", seed=1, r=3, size=0.15)
-    save_adapter(classifier, folder / "c", task="SEQ_CLS", target_modules=["query", "value", "dense"])
-    return folder
+    return save_world(tmp_path_factory.mktemp("world"))
 
 
 def classifier_subject(world, examples, *names):
