@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -11,60 +10,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tiny import save_tiny_llama
-from wandb.proto import wandb_internal_pb2
+from quick_campaigns import model, started, statuses, text  # noqa: F401
 
 from lora_squeeze import open_adapter
-from lora_squeeze.campaign.launch import begin, run_campaign
-from lora_squeeze.campaign.manifest import Manifest, read_manifest
-from lora_squeeze.campaign.spec import campaign_of
+from lora_squeeze.campaign.launch import run_campaign
+from lora_squeeze.campaign.manifest import read_manifest
 from lora_squeeze.cli import main
-from lora_squeeze.documents import parse_toml
 from lora_squeeze.errors import OutputError, TrainingError
 from lora_squeeze.training.folder import RunFolder, only_one
 from lora_squeeze.training.settings import read_run_settings
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def text(model):
-    """A campaign's TOML: what stands in [campaign], its conditions, and further sections."""
-
-    def written(keys: str = "", *conditions: str, more: str = "", training: str = "", source: str = "builtin:sums:20"):
-        tables = "".join(f"[[campaign.conditions]]\n{one}\n" for one in conditions)
-        return f"""
-[campaign]
-seeds = [1, 2]
-max_steps = 3
-{keys}
-{tables}
-[model]
-model = "{model}"
-lora_rank = 4
-device = "cpu"
-[training]
-batch_size = 4
-lr = 5e-3
-save_every = 1
-{training}
-[data]
-source = "{source}"
-{more}
-"""
-
-    return written
-
-
-def started(text: str, folder: Path) -> Path:
-    return begin(campaign_of(parse_toml(text), "campaign.toml"), folder)
-
-
-def statuses(manifest: Manifest) -> list[str]:
-    return [entry.status for entry in manifest.runs]
 
 
 def test_every_run_has_its_own_folder_and_the_manifest_follows(text, tmp_path):
@@ -165,93 +119,6 @@ def test_a_summary_script_is_run_at_the_end(text, tmp_path):
     assert (tmp_path / "c" / "said.txt").read_text() == "done"
     script.write_text("raise SystemExit(3)")
     assert "exit code 3" in run_campaign(tmp_path / "c").summary
-
-
-# --- W&B --------------------------------------------------------------------------------------------------------
-
-
-def records(file: Path):
-    """What the real library has written offline: a LevelDB log (blocks of 32 KiB, records in one piece or several)."""
-    content, place, pieces = file.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
-        pieces += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(pieces)
-            yield record
-            pieces = b""
-
-
-def test_the_squeeze_becomes_a_run_of_its_own_in_wandb(text, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    more = (
-        '[squeeze]\ntarget_ranks = [1, 2, 4]\n[logging]\nwandb_project = "mine"\nwandb_entity = "us"\nlog_every = 1\n'
-    )
-    monkeypatch.chdir(tmp_path)
-    folder = started(text("", more=more).replace("seeds = [1, 2]", "seeds = [1]"), tmp_path / "c")
-    manifest = run_campaign(folder)
-    assert str(folder) in manifest.squeeze.wandb
-    runs = {}
-    for file in [*folder.rglob("*.wandb"), *(tmp_path / "wandb").rglob("*.wandb")]:
-        found = list(records(file))
-        (run,) = {one.run.run_id: one.run for one in found if one.WhichOneof("record_type") == "run"}.values()
-        runs[run.display_name] = (run, found)
-    run, found = runs["squeeze-analysis"]
-    assert (run.project, run.entity, run.job_type, run.run_group) == ("mine", "us", "squeeze", "c")
-    rank = manifest.squeeze.recommended_rank
-    assert set(run.tags) == {"squeeze", f"rank-{rank}"}
-    config = {one.key: json.loads(one.value_json) for one in run.config.update}
-    assert (config["source_rank"], config["recommended_rank"], config["num_layers"]) == (4, rank, 14)
-    history = [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in one.history.item}
-        for one in found
-        if one.WhichOneof("record_type") == "history"
-    ]
-    curves = [row for row in history if "squeeze/rank" in row]
-    assert [row["squeeze/rank"] for row in curves] == [1, 2, 4]
-    for row, expected in zip(curves, manifest.squeeze.table, strict=True):
-        for key in ("mean_variance", "min_variance", "max_variance"):
-            assert row[f"squeeze/{key}"] == pytest.approx(expected[key])
-    (table,) = [row["squeeze/variance_table/path"] for row in history if "squeeze/variance_table/path" in row]
-    content = json.loads(next(folder.rglob(table)).read_text())
-    assert content["columns"] == ["rank", "mean_variance", "min_variance", "max_variance", "recommended"]
-    assert [row[0] for row in content["data"] if row[4]] == [rank]
-    summary = {}
-    for one in found:
-        if one.WhichOneof("record_type") == "summary":
-            summary |= {
-                item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in one.summary.update
-            }
-    assert {key: summary[f"squeeze/{key}"] for key in ("recommended_rank", "source_rank", "num_layers")} == {
-        "recommended_rank": rank,
-        "source_rank": 4,
-        "num_layers": 14,
-    }
-    assert summary["squeeze/min_variance_retention"] == 0.95
-    trained, logged = runs[manifest.runs[0].name]
-    assert (trained.project, trained.run_group) == ("mine", "c")
-    keys = {item.key or "/".join(item.nested_key) for one in logged for item in one.history.item}
-    assert "train/loss" in keys
-
-
-def test_when_wandb_fails_the_recommendation_stays(text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = started(text("", more="[squeeze]\n"), tmp_path / "c")
-    manifest = run_campaign(folder)
-    fields = json.loads((folder / "manifest.json").read_text())
-    fields["config"]["logging"] = {"wandb_project": "a/project/of/no/such/name"}
-    fields["squeeze"] = {"status": "pending"}
-    (folder / "manifest.json").write_text(json.dumps(fields))
-    again = run_campaign(folder)
-    assert again.squeeze.recommended_rank == manifest.squeeze.recommended_rank > 0
-    assert again.squeeze.wandb.startswith("failed: ")
 
 
 # --- processes, kills, Ray --------------------------------------------------------------------------------------

@@ -1,14 +1,12 @@
 """Runs at the rank that the first one's squeeze recommends: which of them, from the start, and again after a break."""
 
-# ruff: noqa: F811  (fixtures of test_campaign)
-
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_campaign import model, started, statuses, text  # noqa: F401  (fixtures)
+from quick_campaigns import model, started, statuses, text  # noqa: F401
 from test_campaign_results import entry, manifest
 
 from lora_squeeze.campaign.launch import run_campaign

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import wandb
 from quick_runs import models, quick  # noqa: F401
-from test_campaign import records
+from test_campaign_wandb import records
 from test_hub import server  # noqa: F401
 
 from lora_squeeze.errors import TrainingError
