@@ -125,6 +125,10 @@ def campaign_from_file(context: click.Context, file: Path, out: Path | None = No
     """What `lora-squeeze campaign run` does."""
     campaign = read_campaign(file)
     if explain:
+        if campaign.common.squeeze is not None:  # else there is nothing to wait for torch for
+            from lora_squeeze.campaign.launch import campaign_folder, check_begin
+
+            check_begin(campaign, out or campaign_folder(campaign), config_file=str(file))
         _explain(file, campaign, out)
         return
     from lora_squeeze.campaign.launch import begin, campaign_folder

@@ -51,6 +51,8 @@ def train_from_file(
     """What `lora-squeeze train` does."""
     settings = read_run_settings(config)
     folder = out or Path(settings.logging.log_dir or Path("logs") / config.stem)
+    if settings.squeeze is not None and (settings.squeeze.output_path or not explain):
+        _check_squeeze(settings.squeeze, config, folder, overwrite=overwrite)
     if explain:
         explain_run(config, settings, folder)
         return
@@ -142,6 +144,14 @@ def _train(settings: RunSettings, folder: Path, *, overwrite: bool, as_json: boo
     return record
 
 
+def _check_squeeze(chosen: SqueezeSettings, config: Path, folder: Path, *, overwrite: bool) -> None:
+    from lora_squeeze.squeezing import check_ahead
+    from lora_squeeze.training.folder import RunFolder
+
+    run = RunFolder(folder)
+    check_ahead(chosen, config, source=run.final, made=not overwrite and run.finished() is not None)
+
+
 def _squeeze(chosen: SqueezeSettings, record: RunRecord, *, as_json: bool) -> None:
     from lora_squeeze.report.table import analysis_table, compression_table
     from lora_squeeze.squeezing import squeeze_as_set
@@ -152,6 +162,11 @@ def _squeeze(chosen: SqueezeSettings, record: RunRecord, *, as_json: bool) -> No
         Settings(replace(chosen, adapter_path=record.adapter)),
         progress=progress,
         on_analysis=lambda analysis: print_record(analysis, analysis_table, as_json=as_json),
+        on_made=lambda: click.echo(
+            f"{chosen.output_path}: has been made of this adapter by these settings already; overwrite = true in "
+            "[squeeze] makes it anew",
+            err=True,
+        ),
     )
     if compression is not None:
         print_record(compression, compression_table, as_json=as_json)

@@ -186,13 +186,13 @@ def _only_file(folder: Path) -> Path:
     return files[0]
 
 
-def check_output_of(adapter: Adapter, output: Path, *, overwrite: bool) -> None:
+def check_output_of(adapter: Adapter, output: Path, *, overwrite: bool, in_file: bool = False) -> None:
     """Refuse an output that this adapter cannot be saved to (see `check_output`). Raises OutputError.
 
     A file that is there is replaced only if it is an adapter: others may be a model of many gigabytes.
     """
     single_file = FORMATS[adapter.format].single_file
-    check_output(output, source=adapter.place, overwrite=overwrite, single_file=single_file)
+    check_output(output, source=adapter.place, overwrite=overwrite, single_file=single_file, in_file=in_file)
     if single_file and output.exists() and not _is_adapter_file(output):
         raise OutputError(
             f"{output}: is a file, but no adapter, so not even --overwrite replaces it; choose another output"
