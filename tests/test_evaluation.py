@@ -1,6 +1,7 @@
 """What adapters score: against numbers computed one example at a time, in place against from disk."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -317,6 +318,19 @@ def test_the_table_says_what_is_noise(world):
     assert "the same" in lines["a fixed=4"]
     assert any(word in lines["b"] for word in ("worse", "better", "within noise"))
     assert "20 examples" in done.output
+
+
+def test_adapters_of_one_name_are_told_apart(world, tmp_path):
+    for run_name, adapter in (("log1", "a"), ("log2", "b")):
+        shutil.copytree(world / adapter, tmp_path / run_name / "final")
+    common = ["evaluate", tmp_path / "log1" / "final", tmp_path / "log2" / "final", "--base", world / "llama"]
+    common += ["--data", "builtin:texts:2", "--ranks", "1"]
+    done = cli(*common, "--json")
+    assert done.exit_code == 0, done.output
+    (record,) = json.loads(done.stdout)
+    assert [one["adapter"] for one in record["adapters"]] == ["log1/final", "log2/final", "log1/final fixed=1"]
+    lines = cli(*common).stdout.splitlines()
+    assert [sum(line.startswith(f"{name}/final ") for line in lines) for name in ("log1", "log2")] == [2, 1]
 
 
 def test_columns_limit_and_metrics(world, tmp_path):

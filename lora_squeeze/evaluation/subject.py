@@ -16,10 +16,20 @@ from lora_squeeze.data import Example, Labelled, images_of, labels_of
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.remote import OnDownload
+from lora_squeeze.identity import told_apart
 from lora_squeeze.models import Task, device_of, load_model, load_seeing, load_tokenizer, pad_like
 from lora_squeeze.seeing import tokenizer_of
 
-__all__ = ["Contestant", "Subject", "activate", "contestant_of", "loaded", "open_subject", "without_adapter"]
+__all__ = [
+    "Contestant",
+    "Subject",
+    "activate",
+    "contestant_of",
+    "label_of",
+    "loaded",
+    "open_subject",
+    "without_adapter",
+]
 
 _Placed = tuple[Site, Tensor, Tensor, float]
 
@@ -137,7 +147,14 @@ def open_subject(
 def loaded(subject: Subject, name: str = "default") -> Contestant:
     """An adapter as it was loaded."""
     adapter = subject.adapters[name]
-    return Contestant(_label(adapter.source), name, adapter.rank, adapter.parameters)
+    return Contestant(label_of(subject, name), name, adapter.rank, adapter.parameters)
+
+
+def label_of(subject: Subject, name: str) -> str:
+    """What an adapter is called beside the others: the end of its path, as long as it takes to tell them apart."""
+    sources = list(dict.fromkeys(one.source for one in subject.adapters.values()))
+    source = subject.adapters[name].source
+    return (told_apart(sources, "/".join) or sources)[sources.index(source)] or source
 
 
 def without_adapter() -> Contestant:
@@ -174,10 +191,6 @@ def activate(subject: Subject, contestant: Contestant) -> None:
             place(site, down, up, scale=scale)
     if len(subject.adapters) > 1:
         subject.model.set_adapter(contestant.adapter)
-
-
-def _label(source: str) -> str:
-    return source.rstrip("/").rpartition("/")[2] or source
 
 
 def _as_loaded(model: Any, name: str) -> tuple[_Placed, ...]:
