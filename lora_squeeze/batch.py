@@ -115,8 +115,10 @@ def squeeze_batch(
 def listed(sources: Sequence[str]) -> tuple[str, ...]:
     """The adapters that are meant, each once: a folder that is none stands for those right below it.
 
-    Raises SettingsError for none.
+    Raises SettingsError for none, or an empty path.
     """
+    if "" in sources:
+        raise SettingsError("the path of an adapter is empty: is a variable of the shell not set?")
     flat = [one for source in sources for one in _inside(Path(source)) or [source]]
     if not flat:
         raise SettingsError("no adapter is named")

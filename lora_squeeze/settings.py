@@ -124,9 +124,9 @@ def check_squeeze(chosen: SqueezeSettings, file: Path | str) -> None:
             f"{file}: [squeeze] min_variance_retention = {chosen.min_variance_retention:g} is not possible: it is a "
             "fraction above 0 and up to 1, as 0.95"
         )
-    for key, least in {"source_rank": 0, "compress_to": 0, "max_lora_rank": 0, "min_rank": -1, "max_rank": 0}.items():
-        if (value := getattr(chosen, key)) < least:
-            raise SettingsError(f"{file}: [squeeze] {key} must be at least {least}, not {value}")
+    for key in ("source_rank", "compress_to", "max_lora_rank"):
+        if (value := getattr(chosen, key)) < 0:
+            raise SettingsError(f"{file}: [squeeze] {key} must be at least 0, not {value}")
     try:
         candidate_ranks(max(chosen.target_ranks, default=1), chosen.target_ranks)
         check_limits(chosen.limits)

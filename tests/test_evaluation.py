@@ -333,6 +333,12 @@ def test_adapters_of_one_name_are_told_apart(world, tmp_path):
     assert [sum(line.startswith(f"{name}/final ") for line in lines) for name in ("log1", "log2")] == [2, 1]
 
 
+def test_labels_that_are_too_few_are_counted(world):
+    done = cli("evaluate", world / "c", "--base", world / "bert", "--data", "builtin:sentiment:4", "--labels", "pos")
+    assert done.exit_code == 1
+    assert "its head has 2 classes, and --labels names 1 (pos)" in " ".join(done.output.split())
+
+
 def test_columns_limit_and_metrics(world, tmp_path):
     rows = [{"sentence": "good day", "sentiment": "positive"}, {"sentence": "bad", "sentiment": "negative"}] * 3
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

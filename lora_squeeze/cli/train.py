@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_squeeze.cli.explaining import explain_run
-from lora_squeeze.cli.options import as_json
+from lora_squeeze.cli.options import PLACE, as_json
 from lora_squeeze.cli.output import print_record, progress
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.settings import ModelSettings, Settings, SqueezeSettings
@@ -33,7 +33,7 @@ __all__ = ["continue_command", "train_command", "train_from_file"]
 
 @click.command("train", short_help="Train an adapter as a TOML file says.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: logs/NAME of CONFIG]")
+@click.option("--out", type=PLACE, help="Folder of the run.  [default: logs/NAME of CONFIG]")
 @click.option("--overwrite", is_flag=True, help="Begin anew if the folder holds a run.")
 @click.option("--explain", is_flag=True, help="Say what would be done, and do nothing.")
 @as_json
@@ -64,7 +64,7 @@ def train_from_file(
 @click.command("continue", short_help="Squeeze a saved adapter and train it on.")
 @click.argument("adapter")
 @click.option("--data", multiple=True, required=True, help="File, folder, data set or builtin:NAME.  Repeatable.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--out", required=True, type=PLACE, help="Folder of the run.")
 @click.option("--rank", type=click.IntRange(min=1), help="Squeeze to this rank first.  [default: the rank it has]")
 @click.option("--base", default="", show_default=False, help="The base model.  [default: the one that ADAPTER names]")
 @click.option("--method", type=click.Choice(METHODS), default="sft", help="How to train.")
@@ -102,6 +102,8 @@ def continue_command(
 
     What else a run can be told is said in a TOML file: `[model] adapter` and `squeeze_to`, for `lora-squeeze train`.
     """
+    if not adapter:
+        raise click.UsageError("ADAPTER is empty: is a variable of the shell not set?")
     if warmup is not None and warmup >= steps:
         raise click.UsageError(f"--warmup {warmup} leaves no step at the learning rate: --steps is {steps}")
     settings = RunSettings(

@@ -209,6 +209,11 @@ def _labels(
     path: str, adapter: Adapter, task: Task, examples: Sequence[Example], given: Sequence[str]
 ) -> tuple[str, ...]:
     if given:
+        if task == "sequence-classification" and (heads := _heads(adapter)) and len(given) not in heads:
+            raise DataError(
+                f"{path}: its head has {heads[-1]} classes, and --labels names {len(given)} ({', '.join(given)}); name "
+                "every class, in their order"
+            )
         return tuple(given)
     if task == "sequence-classification":
         if saved := labels_of_adapter(path):
@@ -225,5 +230,10 @@ def _labels(
 
 def _classes(adapter: Adapter) -> int:
     """Of the trained head: the rows of the last matrix that is no factor; 0 if there is none."""
-    heads = [tensor.shape[0] for tensor in adapter.pass_through if len(tensor.shape) == 2]
+    heads = _heads(adapter)
     return heads[-1] if heads else 0
+
+
+def _heads(adapter: Adapter) -> list[int]:
+    """The rows of every matrix that is no factor."""
+    return [tensor.shape[0] for tensor in adapter.pass_through if len(tensor.shape) == 2]

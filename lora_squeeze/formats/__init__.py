@@ -117,6 +117,8 @@ def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None
 
 def _on_this_disk(path: str | os.PathLike[str]) -> tuple[Path, bool]:
     """Where a path leads to on this disk, and whether there is anything."""
+    if not os.fspath(path):  # which pathlib takes for the folder one is in
+        raise AdapterError("the path of the adapter is empty: is a variable of the shell not set?")
     try:
         location = Path(path).expanduser()
         return location, location.exists()
@@ -213,6 +215,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
     so it appears whole or not at all. Raises OutputError if it cannot be written, exists (without
     `overwrite`) or is the source.
     """
+    if not os.fspath(path):
+        raise OutputError("the path of the output is empty: is a variable of the shell not set?")
     try:
         output = Path(path).expanduser()
     except RuntimeError as error:  # no such user
