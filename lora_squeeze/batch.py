@@ -21,7 +21,7 @@ from lora_squeeze.errors import AdapterError, OutputError, SettingsError
 from lora_squeeze.executors import Resources, execute, pool_of
 from lora_squeeze.formats import FORMATS, open_adapter
 from lora_squeeze.formats.folder import new_file
-from lora_squeeze.identity import from_root, identity_now, identity_of, place_of
+from lora_squeeze.identity import from_root, identity_now, identity_of, last_parts, place_of, told_apart
 from lora_squeeze.parallel import ordered_map
 from lora_squeeze.peft_names import CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lora_squeeze.settings import Settings, SqueezeSettings
@@ -115,8 +115,10 @@ def squeeze_batch(
 def listed(sources: Sequence[str]) -> tuple[str, ...]:
     """The adapters that are meant, each once: a folder that is none stands for those right below it.
 
-    Raises SettingsError for none.
+    Raises SettingsError for none, or an empty path.
     """
+    if "" in sources:
+        raise SettingsError("the path of an adapter is empty: is a variable of the shell not set?")
     flat = [one for source in sources for one in _inside(Path(source)) or [source]]
     if not flat:
         raise SettingsError("no adapter is named")
@@ -150,12 +152,9 @@ def named(sources: Sequence[str], *, known: Mapping[str, str] | None = None) -> 
 
 
 def _fresh_names(sources: Sequence[str], taken: set[str]) -> list[str]:
-    for parts in range(1, 8):
-        names = [_name(source, parts) for source in sources]
-        stems = {_stem(name) for name in names}
-        if len(stems) == len(names) and not stems & taken:
-            return names
-    return [f"{_name(one, 1)}-{hashlib.sha256(one.encode()).hexdigest()[:8]}" for one in sources]
+    if names := told_apart(sources, _name, key=_stem, taken=taken):
+        return names
+    return [f"{_name(last_parts(one, 1))}-{hashlib.sha256(one.encode()).hexdigest()[:8]}" for one in sources]
 
 
 def read_batch(out: Path) -> tuple[BatchRecord, ...]:
@@ -326,8 +325,7 @@ def _stem(name: str) -> str:
     return name.removesuffix(_FILE)
 
 
-def _name(source: str, parts: int) -> str:
-    """The last so many parts of a path or address, as one name; a file keeps its ending."""
-    kept = [part for part in source.replace("\\", "/").split("/") if part not in ("", ".", "..")][-parts:]
-    name = "-".join(kept) or "adapter"
+def _name(parts: list[str]) -> str:
+    """The last parts of a path or address as one name; a file keeps its ending."""
+    name = "-".join(parts) or "adapter"
     return "".join(one if one.isalnum() or one in ".+=,~_-" else "-" for one in name).lstrip(".") or "adapter"

@@ -79,6 +79,11 @@ class MissingExtra(LoraSqueezeError):
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what a library says of its failure; the kind of failure if it says nothing."""
+    """The first line of what a library says of its failure; the kind of failure if it says nothing.
+
+    A heading, as torch's "Error(s) in loading state_dict for BertModel:", with the first line below it.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__

@@ -1,10 +1,11 @@
-"""A source that is known again: where it lies, and whether it is still what it was."""
+"""A source that is known again: where it lies, what it is called among others, and whether it is still what it was."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lora_squeeze.formats.hashing import sha256_of_file
 from lora_squeeze.formats.hub import commit_of, parse_hub_path
 from lora_squeeze.formats.tinker import is_tinker_path
 
-__all__ = ["from_root", "identity_now", "identity_of", "place_of"]
+__all__ = ["from_root", "identity_now", "identity_of", "last_parts", "place_of", "told_apart"]
 
 
 def place_of(source: str) -> str:
@@ -38,6 +39,35 @@ def place_of(source: str) -> str:
 def from_root(path: str) -> str:
     """A path from the root, without a look at the disk."""
     return os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - Path.resolve() follows links
+
+
+def last_parts(source: str, count: int) -> list[str]:
+    """The last so many parts of a path or address that name something."""
+    return [part for part in source.replace("\\", "/").split("/") if part not in ("", ".", "..")][-count:]
+
+
+def told_apart(
+    sources: Sequence[str],
+    spelled: Callable[[list[str]], str],
+    *,
+    key: Callable[[str], str] = str,
+    taken: Collection[str] = (),
+) -> list[str] | None:
+    """A name for each source: its own, or with as many of the folders that it lies in as make all of them different.
+
+    spelled
+        the last parts of a source → its name.
+    key, taken
+        what of a name has to be different, and what none may be.
+
+    None where seven parts are not enough.
+    """
+    for count in range(1, 8):
+        names = [spelled(last_parts(source, count)) for source in sources]
+        keys = {key(name) for name in names}
+        if len(keys) == len(names) and not keys & set(taken):
+            return names
+    return None
 
 
 def identity_of(adapter: Adapter) -> str:

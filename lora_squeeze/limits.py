@@ -17,7 +17,7 @@ from typing import Protocol
 from lora_squeeze.adapter import whole
 from lora_squeeze.errors import RankError
 
-__all__ = ["EQUAL", "NO_LIMITS", "Group", "Limits", "Ranked", "groups"]
+__all__ = ["EQUAL", "NO_LIMITS", "Group", "Limits", "Ranked", "check_limits", "groups"]
 
 # Named groups for `equal`: what is replaced by "*" to find the layers that belong together. kohya's
 # names have underscores for dots, so a word may begin and end at either.
@@ -87,7 +87,7 @@ def groups(layers: Sequence[Ranked], limits: Limits, *, least: int = 0) -> list[
 
     Raises RankError for contradictions and for patterns that match no layer.
     """
-    _check(limits)
+    check_limits(limits)
     overrides = [(_expression(pattern), rank) for pattern, rank in limits.rank_for]
     members: dict[str, list[int]] = {}
     forced: dict[str, int] = {}
@@ -135,7 +135,8 @@ def _together(members: Mapping[str, list[int]], *, apart: Collection[str]) -> di
     return {key: sorted(positions) for key, positions in found.items()}
 
 
-def _check(limits: Limits) -> None:
+def check_limits(limits: Limits) -> None:
+    """Raise RankError for limits that contradict themselves, or patterns that are none, whatever the adapter."""
     for name in ("min_rank", "max_rank"):
         value = getattr(limits, name)
         if value is not None and value < 0:
@@ -154,7 +155,10 @@ def _check(limits: Limits) -> None:
         raise RankError(f"none of the steps {list(limits.steps)} is a multiple_of {limits.multiple_of}")
     if limits.steps and limits.max_rank is not None and min(limits.steps) > limits.max_rank:
         raise RankError(f"all steps are above max_rank {limits.max_rank}")
+    for pattern in limits.equal:
+        _group_expression(pattern)
     for pattern, rank in limits.rank_for:
+        _expression(pattern)
         if rank < 0 or (limits.max_rank is not None and rank > limits.max_rank):
             raise RankError(f"rank_for '{pattern}={rank}' contradicts the limits: 0 to max_rank {limits.max_rank}")
 
@@ -166,13 +170,17 @@ def _expression(pattern: str) -> re.Pattern[str]:
         raise RankError(f"rank_for '{pattern}' is not a regular expression: {error}") from error
 
 
+def _group_expression(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(EQUAL.get(pattern, pattern))
+    except re.error as error:
+        raise RankError(f"equal '{pattern}' is not a regular expression: {error}") from error
+
+
 def _group_keys(layers: Sequence[Ranked], equal: Iterable[str]) -> list[str]:
     keys = [layer.name for layer in layers]
     for pattern in equal:
-        try:
-            expression = re.compile(EQUAL.get(pattern, pattern))
-        except re.error as error:
-            raise RankError(f"equal '{pattern}' is not a regular expression: {error}") from error
+        expression = _group_expression(pattern)
         if not any(expression.search(layer.name) for layer in layers):
             raise RankError(f"equal '{pattern}' matches no layer; the first layer is '{layers[0].name}'")
         keys = [expression.sub("*", key) for key in keys]

@@ -28,6 +28,7 @@ __all__ = [
     "By",
     "Policy",
     "candidate_ranks",
+    "check_policy",
     "cumulative",
     "effective_rank",
     "energy",
@@ -303,6 +304,15 @@ def parse_policy(spelling: str) -> Policy:
     except (ValueError, OverflowError):
         raise RankError(f"policy '{spelling}': '{text}' is not a value that {name} can take") from None
     return Policy(spelling, name, partial(_call, POLICIES[name], value), value)
+
+
+def check_policy(spelling: str) -> None:
+    """Raise RankError for a policy that suits no adapter: an unknown one, or a value out of its range."""
+    policy = parse_policy(spelling)
+    if policy.name not in ("params", "size"):
+        policy.choose([Spectrum("layer", 1, 1, 1, (1.0,))])  # too small to be asked for a budget
+    else:
+        _check_positive(policy.name, policy.value)
 
 
 def candidate_ranks(source_rank: int, given: Iterable[int] = ()) -> tuple[int, ...]:

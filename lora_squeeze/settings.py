@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_squeeze.errors import SettingsError
-from lora_squeeze.limits import Limits
+from lora_squeeze.errors import RankError, SettingsError
+from lora_squeeze.limits import Limits, check_limits
+from lora_squeeze.policies import candidate_ranks, check_policy
 from lora_squeeze.sections import build, choice, read_toml
 
 __all__ = [
@@ -108,13 +109,31 @@ def read_settings(path: Path) -> Settings:
 
 
 def check_squeeze(chosen: SqueezeSettings, file: Path | str) -> None:
-    """Refuse a `[squeeze]` that contradicts itself, wherever it stands. Raises SettingsError, naming file and keys."""
+    """Refuse a `[squeeze]` that no adapter could be squeezed by, wherever it stands.
+
+    Raises SettingsError, naming file and keys.
+    """
     if chosen.policy and chosen.compress_to:
         raise SettingsError(f"{file}: [squeeze] policy and compress_to contradict each other: give one of them")
     if is_stray_max_lora_rank(chosen.max_lora_rank, chosen.runtime):
         raise SettingsError(
             f"{file}: [squeeze] max_lora_rank is what a server allows: say which with runtime, or use max_rank"
         )
+    if not 0 < chosen.min_variance_retention <= 1:
+        raise SettingsError(
+            f"{file}: [squeeze] min_variance_retention = {chosen.min_variance_retention:g} is not possible: it is a "
+            "fraction above 0 and up to 1, as 0.95"
+        )
+    for key in ("source_rank", "compress_to", "max_lora_rank"):
+        if (value := getattr(chosen, key)) < 0:
+            raise SettingsError(f"{file}: [squeeze] {key} must be at least 0, not {value}")
+    try:
+        candidate_ranks(max(chosen.target_ranks, default=1), chosen.target_ranks)
+        check_limits(chosen.limits)
+        if chosen.policy:
+            check_policy(chosen.policy)
+    except RankError as error:
+        raise SettingsError(f"{file}: [squeeze] {error}") from error
 
 
 def is_stray_max_lora_rank(max_lora_rank: int | None, runtime: str) -> bool:

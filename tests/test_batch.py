@@ -256,3 +256,13 @@ def test_a_new_commit_on_the_hub_is_squeezed_and_no_answer_changes_nothing(serve
     assert verify(second.output, "user/style").passed
     server.repos.clear()
     assert squeeze_batch(*arguments, policy="fixed=2") == (second,)
+
+
+def test_several_policies_are_refused(adapters, tmp_path):
+    command = ["batch", str(adapters), "--policy", "fixed=2", "--policy", "fixed=3", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, command)
+    assert (done.exit_code, "a batch has one --policy, not fixed=2 and fixed=3" in done.output) == (2, True)
+    assert not (tmp_path / "out").exists()
+    command = ["batch", str(adapters / "a"), "--policy", "fixed=3", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert open_adapter(tmp_path / "out" / "a").rank == 3

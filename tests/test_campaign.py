@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from adapters import make_adapter
 from click.testing import CliRunner
 from quick_campaigns import model, started, statuses, text  # noqa: F401
 
@@ -269,3 +270,27 @@ def test_folders_of_something_else_and_of_other_campaigns_are_left_alone(text, t
         assert (result.exit_code, "not the folder of a campaign" in result.output) == (1, True)
     (tmp_path / "c" / "manifest.json").write_text('{"record": "Campaign", "schema": 99}')
     assert "its schema is 99" in invoke("campaign", "status", tmp_path / "c").output
+
+
+@pytest.mark.parametrize("options", [[], ["--explain"]], ids=str)
+@pytest.mark.parametrize(
+    ("squeeze", "said"),
+    [
+        ('policy = "paramz=0.3"', "[squeeze] unknown policy 'paramz'"),
+        ("min_variance_retention = 95", "[squeeze] min_variance_retention = 95 is not possible"),
+        ('runtime = "llamacpp"\nmax_lora_rank = 4\nmultiple_of = 8', "multiple_of 8 is above max_rank 4"),
+        ('output_path = "full"', "full: already exists; set overwrite = true in [squeeze] to replace it"),
+        ('output_path = "mine"', "mine: is no adapter's folder"),
+    ],
+)
+def test_what_a_squeeze_cannot_be_told_is_said_before_anything_is_trained(
+    text, tmp_path, monkeypatch, squeeze, said, options
+):
+    monkeypatch.chdir(tmp_path)
+    make_adapter(tmp_path / "full")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    (tmp_path / "c.toml").write_text(text('executor = "inline"', more=f"[squeeze]\n{squeeze}\n"))
+    refused = invoke("campaign", "run", "c.toml", "--out", "c", *options)
+    assert (refused.exit_code, said in " ".join(refused.output.split())) == (1, True), refused.output
+    assert not (tmp_path / "c").exists()

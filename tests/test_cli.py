@@ -220,6 +220,12 @@ def test_run_compresses_as_it_is_told(tmp_path, adapter):
     assert read_config(tmp_path / "out")["r"] == 3
 
 
+def test_run_says_how_its_file_replaces_an_output(tmp_path, adapter):
+    config = toml(tmp_path, adapter_path=str(adapter), output_path=str(tmp_path / "out"))
+    prints("run", config)
+    assert "already exists; set overwrite = true in [squeeze] to replace it" in " ".join(refuses("run", config).split())
+
+
 def test_run_refuses_a_model_rank_that_the_tensors_contradict(tmp_path, adapter):
     file = toml(tmp_path, adapter_path=str(adapter), output_path=str(tmp_path / "out"), lora_rank=64)
     assert "64 was declared" in refuses("run", file)

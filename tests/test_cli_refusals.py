@@ -15,6 +15,9 @@ from adapters import (
 from commands import invoke, prints, refuses, write_plan
 from safetensors.torch import load_file
 
+from lora_squeeze import open_adapter
+from lora_squeeze.errors import OutputError
+from lora_squeeze.formats import save_adapter
 from lora_squeeze.serving import RUNTIMES
 
 
@@ -250,3 +253,41 @@ def test_an_adapter_that_was_damaged_is_one_line_for_every_command(tmp_path, ada
         assert "declares rank 3" in said
         assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+# --- paths that are empty ---------------------------------------------------------------------------------------
+
+EMPTY = {
+    "compress": (["compress", "", "out", "--rank", "2"], 1),
+    "to nowhere": (["compress", "adapter", "", "--rank", "2"], 2),
+    "convert": (["convert", "adapter", "", "--to", "kohya"], 2),
+    "merge": (["merge", "adapter", "", "out"], 1),
+    "merge to nowhere": (["merge", "adapter", "adapter", ""], 2),
+    "batch": (["batch", "", "--out", "out"], 1),
+    "batch to nowhere": (["batch", "adapter", "--out", ""], 2),
+    "plan": (["plan", "adapter", "-o", ""], 2),
+    "show": (["show", ""], 1),
+    "analyze": (["analyze", ""], 1),
+    "compare": (["compare", "adapter", ""], 1),
+    "continue": (["continue", "", "--base", "b", "--data", "builtin:sums", "--out", "out"], 2),
+    "train": (["train", "a.toml", "--out", ""], 2),
+    "campaign": (["campaign", "run", "a.toml", "--out", ""], 2),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code"), EMPTY.values(), ids=EMPTY)
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path, adapter, monkeypatch, arguments, code):
+    (tmp_path / "a.toml").touch()
+    (tmp_path / "here").mkdir()
+    make_adapter(tmp_path / "here")
+    (tmp_path / "here" / "adapter").symlink_to(adapter)
+    monkeypatch.chdir(tmp_path / "here")
+    before = snapshot(tmp_path)
+    said = " ".join(refuses(*arguments, code=code).split())
+    assert "is empty: is a variable of the shell not set?" in said
+    assert snapshot(tmp_path) == before
+
+
+def test_nothing_is_saved_to_an_empty_path(adapter):
+    with pytest.raises(OutputError, match="the path of the output is empty"):
+        save_adapter(open_adapter(adapter), "")

@@ -1,6 +1,7 @@
 """What adapters score: against numbers computed one example at a time, in place against from disk."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -307,6 +308,25 @@ def test_the_table_says_that_a_handful_of_examples_says_nothing(world, count):
     assert "they are too few to say better or worse" in " ".join(done.output.split())
     (record,) = json.loads(cli(*asked, "--json").stdout, parse_constant=pytest.fail)
     assert (record["adapters"][1]["metrics"]["loss"]["difference_low"] is None) == (count == 1)
+
+
+def test_adapters_of_one_name_are_told_apart(world, tmp_path):
+    for run_name, adapter in (("log1", "a"), ("log2", "b")):
+        shutil.copytree(world / adapter, tmp_path / run_name / "final")
+    common = ["evaluate", tmp_path / "log1" / "final", tmp_path / "log2" / "final", "--base", world / "llama"]
+    common += ["--data", "builtin:texts:2", "--ranks", "1"]
+    done = cli(*common, "--json")
+    assert done.exit_code == 0, done.output
+    (record,) = json.loads(done.stdout)
+    assert [one["adapter"] for one in record["adapters"]] == ["log1/final", "log2/final", "log1/final fixed=1"]
+    lines = cli(*common).stdout.splitlines()
+    assert [sum(line.startswith(f"{name}/final ") for line in lines) for name in ("log1", "log2")] == [2, 1]
+
+
+def test_labels_that_are_too_few_are_counted(world):
+    done = cli("evaluate", world / "c", "--base", world / "bert", "--data", "builtin:sentiment:4", "--labels", "pos")
+    assert done.exit_code == 1
+    assert "its head has 2 classes, and --labels names 1 (pos)" in " ".join(done.output.split())
 
 
 def test_columns_limit_and_metrics(world, tmp_path):

@@ -1,6 +1,7 @@
 """The smallest adapter that is good enough: what is returned has passed, and the path is told."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -161,6 +162,41 @@ def test_limits_hold_on_the_way(world, tmp_path):
     kept = search(world, tmp_path, "loss", 0.5, limits=Limits(multiple_of=4, min_rank=4))
     assert {spec.rank for spec in open_adapter(tmp_path / "out").layers.values()} <= {4, 8}
     assert kept.confirmed.passes
+
+
+LIMITS = {
+    "rank for and max rank": (["--rank-for", "q_proj=2", "--max-rank", 4], {1, 2, 3, 4}),
+    "max rank": (["--max-rank", 4], {1, 2, 3, 4}),
+    "steps": (["--max-rank", 6, "--steps", "2,4,8"], {2, 4}),
+    "a server's": (["--for", "vllm", "--max-lora-rank", 1], {1}),
+    "a server's, by other policy": (["--for", "vllm", "--max-lora-rank", 1, "--policy", "knee"], {1}),
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_limits_hold_where_nothing_smaller_passes(world, tmp_path, limits):
+    options, allowed = LIMITS[limits]
+    common = ["compress", world / "a", tmp_path / "out", "--base", world / "llama", "--data", "builtin:texts:5"]
+    common += ["--metric", "agreement", *options]
+    refused = cli(*common, "--keep", "1")
+    assert refused.exit_code == 1, refused.output
+    said = " ".join(refused.output.split())
+    assert re.search(r"agreement is 0\.\d+ with the largest ranks that the limits allow \([\d,]+ parameters", said)
+    assert "and has to be at least 1: allow larger ranks, or keep less" in said
+    assert not (tmp_path / "out").exists()
+    assert cli(*common, "--keep", "0.01").exit_code == 0
+    assert {spec.rank for spec in open_adapter(tmp_path / "out").layers.values()} <= allowed
+
+
+def test_a_ladder_ends_at_what_the_limits_allow(world):
+    decomposition = decompose(open_adapter(world / "a"))
+    limits = Limits(max_rank=4, rank_for=(("q_proj", 2),))
+    for policy in ("params", "fixed", "knee", "energy"):
+        last = ladder(decomposition, policy, limits=limits)[-1].by_layer
+        assert last == {name: 2 if name.endswith("q_proj") else 4 for name in decomposition.adapter.layers}
+    with pytest.raises(RankError, match="none of the steps"):
+        ladder(decomposition, "params", limits=Limits(steps=(3,), multiple_of=2))
+    assert ladder(decomposition, "params", runtime="vllm")[-1].policy == "full rank"
 
 
 def test_impossible_wishes_are_named(world, tmp_path):

@@ -157,3 +157,13 @@ def test_an_adapter_of_another_model_is_refused_by_name(llama, bert, tmp_path):
     other = load_model(str(bert), task="sequence-classification", labels=("a", "b"), device="cpu")
     with pytest.raises(AdapterError, match="cannot be loaded onto BertForSequenceClassification"):
         attach_adapter(other, str(tmp_path))
+
+
+def test_shapes_that_differ_are_said(bert, tmp_path):
+    two, one = (
+        load_model(str(bert), task="sequence-classification", labels=labels, device="cpu")
+        for labels in (("a", "b"), ("a",))
+    )
+    attach_lora(two, rank=2).save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterError, match=r"Error\(s\) in loading state_dict for \w+: size mismatch for .*\[2, "):
+        attach_adapter(one, str(tmp_path))

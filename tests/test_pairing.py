@@ -180,6 +180,18 @@ def test_options_of_the_other_kind_are_refused(folders, arguments, why):
     assert why in done.output
 
 
+@pytest.mark.parametrize(
+    ("other", "why"), [("none", "no such folder"), ("a", "no campaign lies there"), ("", "no such folder")]
+)
+def test_what_is_no_campaign_beside_one_is_named(folders, tmp_path, monkeypatch, other, why):
+    monkeypatch.chdir(tmp_path)
+    make_campaign(tmp_path / "c")
+    for pair_of in (("c", other), (other, "c")):
+        done = run("compare", *pair_of)
+        said = f"{other or '(an empty path)'}: {why}, but c is one: give two campaigns, or two adapters"
+        assert (done.exit_code, said in " ".join(done.output.split())) == (2, True), done.output
+
+
 def test_compare_shows_two_campaigns(tmp_path):
     a, b = make_campaign(tmp_path / "a"), make_campaign(tmp_path / "b", shift=0.5, seeds=(1,))
     done = run("compare", a, b)

@@ -42,8 +42,73 @@ def test_train_trains_and_squeezes(quick, tmp_path, monkeypatch):
     assert (tmp_path / "logs" / "mine" / "run.json").exists()
     again = invoke("train", config, "--json")
     assert "has finished already" in again.stderr
-    assert again.exit_code != 0  # the squeezed adapter is there as well
-    assert "already exists" in again.output
+    assert again.exit_code == 0
+    assert "small: has been made of this adapter by these settings already" in again.stderr
+
+
+CHANGES = {
+    "policy": "compress_to = 3",
+    "limits": "compress_to = 2\nrank_for = { q_proj = 1 }",
+    "dtype": 'compress_to = 2\ndtype = "bf16"',
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_squeeze_of_the_same_run_is_refused_until_its_file_allows_it(quick, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    squeeze = '\n[squeeze]\noutput_path = "small"\n'
+    assert invoke("train", write_config(quick(), tmp_path / "a.toml", squeeze + "compress_to = 2\n")).exit_code == 0
+    before = (tmp_path / "small" / "adapter_model.safetensors").read_bytes()
+    config = write_config(quick(), tmp_path / "a.toml", f"{squeeze}{CHANGES[change]}\n")
+    refused = invoke("train", config)
+    assert (refused.exit_code, "small: already exists; set overwrite = true in [squeeze]" in refused.output) == (
+        1,
+        True,
+    )
+    assert (tmp_path / "small" / "adapter_model.safetensors").read_bytes() == before
+    write_config(quick(), config, f"{squeeze}overwrite = true\n{CHANGES[change]}\n")
+    assert invoke("train", config).exit_code == 0
+    assert (tmp_path / "small" / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_training_anew_is_refused_before_it_where_the_squeezed_adapter_is_there(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(quick(), tmp_path / "a.toml", '\n[squeeze]\noutput_path = "small"\n')
+    assert invoke("train", config).exit_code == 0
+    before = (tmp_path / "logs" / "a" / "run.json").read_bytes()
+    for option in ("--overwrite", "--explain"):
+        refused = invoke("train", config, "--overwrite", option)
+        assert (refused.exit_code, "set overwrite = true in [squeeze]" in refused.output) == (1, True), option
+    assert (tmp_path / "logs" / "a" / "run.json").read_bytes() == before
+    assert invoke("train", config, "--explain").exit_code == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--explain"]], ids=str)
+@pytest.mark.parametrize(
+    ("squeeze", "said"),
+    [
+        ('policy = "paramz=0.3"', "a.toml: [squeeze] unknown policy 'paramz'"),
+        ('policy = "energy=95"', "[squeeze] energy=95 is not possible: it is a fraction above 0 and up to 1"),
+        ('policy = "params=0"', "[squeeze] params=0 is not possible: it is above 0"),
+        ("min_variance_retention = 95", "[squeeze] min_variance_retention = 95 is not possible: it is a fraction"),
+        ("min_rank = 8\nmax_rank = 4", "[squeeze] min_rank 8 is above max_rank 4"),
+        ("target_ranks = [0]", "[squeeze] candidate rank 0 is not possible"),
+        ("compress_to = -1", "[squeeze] compress_to must be at least 0, not -1"),
+        ('equal = ["("]', "[squeeze] equal '(' is not a regular expression"),
+        ('runtime = "comfyui"\nbase_path = "none"', "[squeeze] base_path: none: no such file or folder"),
+        ('output_path = "mine"', "mine: is no adapter's folder"),
+        ('output_path = "logs/a/final"', "output and source are the same folder"),
+    ],
+)
+def test_what_a_squeeze_cannot_be_told_is_said_before_training(quick, tmp_path, monkeypatch, squeeze, said, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    text = squeeze if "output_path" in squeeze else f'output_path = "out"\n{squeeze}'
+    refused = invoke("train", write_config(quick(), tmp_path / "a.toml", f"\n[squeeze]\n{text}\n"), *options)
+    assert refused.exit_code == 1
+    assert said in " ".join(refused.output.split())
+    assert not (tmp_path / "logs" / "a" / "settings.toml").exists()
 
 
 def test_explain_says_what_would_be_done_and_does_nothing(quick, tmp_path):

@@ -32,15 +32,16 @@ from lora_squeeze.campaign.manifest import (
 from lora_squeeze.campaign.spec import Campaign, PlannedRun
 from lora_squeeze.errors import LoraSqueezeError, OutputError, TrainingError
 from lora_squeeze.executors import Resources, execute, pool_of
-from lora_squeeze.formats.folder import check_output, new_file
+from lora_squeeze.formats.folder import new_file
 from lora_squeeze.records import Analysis
 from lora_squeeze.report.wandb import log_squeeze
 from lora_squeeze.sections import document_of, to_toml
+from lora_squeeze.squeezing import check_ahead
 from lora_squeeze.training.folder import only_one
 from lora_squeeze.training.settings import RunSettings, check
 from lora_squeeze.worker import Ending, Job
 
-__all__ = ["begin", "campaign_folder", "run_campaign"]
+__all__ = ["begin", "campaign_folder", "check_begin", "run_campaign"]
 
 OnChange = Callable[[Manifest], None]
 
@@ -50,25 +51,22 @@ def campaign_folder(campaign: Campaign) -> Path:
     return Path(campaign.common.logging.log_dir or "logs") / f"campaign_{datetime.now():%Y%m%d_%H%M%S}"
 
 
+def check_begin(campaign: Campaign, folder: Path, *, config_file: str = "campaign.toml") -> None:
+    """Raise what `begin` would raise of the folder and of [squeeze], and make nothing."""
+    if not _is_begun(campaign, folder):
+        _check_squeeze(campaign, new_manifest(campaign, config_file), config_file)
+
+
 def begin(campaign: Campaign, folder: Path, *, config_file: str = "campaign.toml") -> Path:
     """Make a campaign's folder with its manifest and the configuration of every run.
 
     A folder in which the same campaign was begun is left as it is. Raises OutputError if something
     else lies there or at [squeeze] output_path, TrainingError if it is another campaign's.
     """
-    if (folder / MANIFEST).exists():
-        if read_manifest(folder).config != dict(campaign.document):
-            raise TrainingError(
-                f"{folder}: holds a campaign of another configuration; choose another folder with --out"
-            )
+    if _is_begun(campaign, folder):
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder}: exists and is not the folder of a campaign; choose another with --out")
     manifest = new_manifest(campaign, config_file)
-    squeeze = campaign.common.squeeze
-    if squeeze is not None and squeeze.output_path:
-        for output in dict.fromkeys(squeeze_output(campaign, entry) for entry in manifest.runs):
-            check_output(Path(output), source=None, overwrite=squeeze.overwrite)
+    _check_squeeze(campaign, manifest, config_file)
     try:
         for name in ("configs", "logs", "runs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -78,6 +76,25 @@ def begin(campaign: Campaign, folder: Path, *, config_file: str = "campaign.toml
         _write_config(run.settings, run, entry, folder)
     write_manifest(manifest, folder)  # last: with it, the campaign has begun
     return folder
+
+
+def _is_begun(campaign: Campaign, folder: Path) -> bool:
+    """Whether the folder holds this campaign; an error if it holds anything else."""
+    if (folder / MANIFEST).exists():
+        if read_manifest(folder).config != dict(campaign.document):
+            raise TrainingError(
+                f"{folder}: holds a campaign of another configuration; choose another folder with --out"
+            )
+        return True
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder}: exists and is not the folder of a campaign; choose another with --out")
+    return False
+
+
+def _check_squeeze(campaign: Campaign, manifest: Manifest, file: str) -> None:
+    if campaign.common.squeeze is not None:
+        for output in dict.fromkeys(squeeze_output(campaign, entry) for entry in manifest.runs):
+            check_ahead(replace(campaign.common.squeeze, output_path=output), file)
 
 
 def run_campaign(folder: Path, *, retry: Collection[str] = (), on_change: OnChange | None = None) -> Manifest:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_squeeze.cli.options import refuse_stray
+from lora_squeeze.cli.options import PLACE, refuse_stray
 from lora_squeeze.cli.output import print_table, progress
 from lora_squeeze.settings import CHOICES
 
@@ -20,8 +20,15 @@ __all__ = ["batch_command"]
 
 @click.command("batch", short_help="Squeeze many adapters by one policy.")
 @click.argument("adapters", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
-@click.option("--policy", default="variance=0.95", metavar="NAME=VALUE", help="How to choose ranks, for each adapter.")
+@click.option("--out", required=True, type=PLACE, help="Folder of the results.")
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    default=("variance=0.95",),
+    metavar="NAME=VALUE",
+    help="How to choose ranks, for each adapter.",
+)
 @click.option("--dtype", type=click.Choice(CHOICES["dtype"][1:]), help="Of the new factors.  [default: as it was]")
 @click.option("--for", "runtime", type=click.Choice(CHOICES["runtime"][1:]), help="The runtime that has to load them.")
 @click.option("--device", default="cpu", help="Torch device that computes.")
@@ -33,7 +40,7 @@ def batch_command(
     context: click.Context,
     adapters: tuple[str, ...],
     out: Path,
-    policy: str,
+    policies: tuple[str, ...],
     dtype: str | None,
     runtime: str | None,
     device: str,
@@ -50,6 +57,12 @@ def batch_command(
     from lora_squeeze.policies import parse_policy
     from lora_squeeze.report.batch import batch_table
 
+    *others, policy = policies
+    if others:
+        raise click.UsageError(
+            f"a batch has one --policy, not {' and '.join(policies)}: give each a folder of its own with --out, or "
+            "one adapter to lora-squeeze compress with several"
+        )
     parse_policy(policy)
     if executor == "inline":
         refuse_stray(("workers",), "--executor processes or ray: inline, it is one at a time")

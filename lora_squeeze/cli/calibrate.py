@@ -10,7 +10,7 @@ import click
 
 from lora_squeeze.cli.data_options import DATA_PARAMETERS, DataOptions, data_options, opened, read
 from lora_squeeze.cli.files import check_file
-from lora_squeeze.cli.options import as_json, refuse_stray
+from lora_squeeze.cli.options import PLACE, as_json, refuse_stray
 from lora_squeeze.cli.output import print_record, progress_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def _parse_shard(_context: click.Context, _option: click.Parameter, text: str) -
 
 @click.command("calibrate", short_help="Measure on data what layers get, for --calibration.")
 @click.argument("paths", nargs=-1, required=True, metavar="ADAPTER | MOMENTS...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .safetensors file to write.")
+@click.option("-o", "--output", type=PLACE, required=True, help="The .safetensors file to write.")
 @click.option("--gradients", is_flag=True, help="Weigh outputs by the loss's gradients, too.")
 @click.option("--shard", default="1/1", callback=_parse_shard, help="Every N-th example from the K-th on, as 2/8.")
 @click.option("--merge", "merging", is_flag=True, help="Add up MOMENTS of several shards instead.")

@@ -13,6 +13,7 @@ import click
 
 from lora_squeeze.campaign.spec import Campaign, read_campaign
 from lora_squeeze.cli.explaining import print_rows, set_rows, squeeze_rows
+from lora_squeeze.cli.options import PLACE
 from lora_squeeze.cli.output import print_table
 from lora_squeeze.cli.plots import check_plots, write_plots
 from lora_squeeze.sections import document_of
@@ -33,7 +34,7 @@ def campaign_command() -> None:
 
 @campaign_command.command("run")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the campaign.  [default: logs/campaign_TIME]")
+@click.option("--out", type=PLACE, help="Folder of the campaign.  [default: logs/campaign_TIME]")
 @click.option("--explain", is_flag=True, help="Print the runs, and do nothing.")
 @click.pass_context
 def run(context: click.Context, file: Path, out: Path | None, explain: bool) -> None:
@@ -89,7 +90,7 @@ def retry(context: click.Context, folder: Path, runs: tuple[str, ...]) -> None:
 )
 @click.option(
     "--plots",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     metavar="DIR",
     help="Write curves and gains as PNG and SVG to this folder.",
 )
@@ -125,6 +126,10 @@ def campaign_from_file(context: click.Context, file: Path, out: Path | None = No
     """What `lora-squeeze campaign run` does."""
     campaign = read_campaign(file)
     if explain:
+        if campaign.common.squeeze is not None:  # else there is nothing to wait for torch for
+            from lora_squeeze.campaign.launch import campaign_folder, check_begin
+
+            check_begin(campaign, out or campaign_folder(campaign), config_file=str(file))
         _explain(file, campaign, out)
         return
     from lora_squeeze.campaign.launch import begin, campaign_folder

@@ -51,7 +51,7 @@ def compare_command(
     Policies are compared at equal numbers of parameters. Two adapters of one model: their ranks and
     energies, the cosine of their updates, and how far their leading directions are the same.
     """
-    campaigns = other is not None and all((Path(one) / "manifest.json").is_file() for one in (path, other))
+    campaigns = other is not None and _are_campaigns(path, other)
     _refuse(other is None, {"--rank": rank, "--layers": layers, "--metric": metric}, "compares PATH with OTHER")
     _refuse(other is not None, {"--params": fractions, "--calibration": calibration}, "compares policies for one PATH")
     _refuse(other is not None and not campaigns, {"--metric": metric}, "compares two campaigns")
@@ -64,6 +64,18 @@ def compare_command(
         _compare_campaigns(Path(path), Path(other), metric)
     else:
         _compare_adapters(path, other, rank, layers, as_json, method, device)
+
+
+def _are_campaigns(path: str, other: str) -> bool:
+    """Whether both are; an error that names the one which is none if only the other is."""
+    one, two = (bool(place) and (Path(place) / "manifest.json").is_file() for place in (path, other))
+    if one != two:
+        campaign, none = (path, other) if one else (other, path)
+        why = "no campaign lies there" if none and Path(none).exists() else "no such folder"
+        raise click.UsageError(
+            f"{none or '(an empty path)'}: {why}, but {campaign} is one: give two campaigns, or two adapters"
+        )
+    return one
 
 
 def _refuse(wrong: bool, options: dict[str, object], what: str) -> None:
@@ -98,7 +110,8 @@ def _compare_adapters(
     from lora_squeeze.pairing import pair_up
     from lora_squeeze.report.pairs import likeness_table
 
-    a, b = (decomposed(open_source(one), method=method, device=device) for one in (path, other))
+    opened = [open_source(one) for one in (path, other)]  # both, before work is done for either
+    a, b = (decomposed(one, method=method, device=device) for one in opened)
     with progress("Comparing", len(a.spectra)) as advance:
         found = pair_up(a, b, rank=rank, on_layer=advance)
     print_record(found, lambda record: likeness_table(record, layers=layers), as_json=as_json)

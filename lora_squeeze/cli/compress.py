@@ -13,6 +13,7 @@ from lora_squeeze.cli.data_options import DATA_PARAMETERS, DataOptions, data_opt
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.keep import compress_keeping
 from lora_squeeze.cli.options import (
+    PLACE_AS_TEXT,
     RankOptions,
     as_json,
     calibration_option,
@@ -39,7 +40,7 @@ __all__ = ["choose", "chosen_policies", "compress_command"]
 
 @click.command("compress", short_help="Write the adapter with lower ranks; --keep, --push.")
 @click.argument("path")
-@click.argument("output")
+@click.argument("output", type=PLACE_AS_TEXT)
 @click.option("--rank", type=click.IntRange(min=1), help="The new rank of all layers: --policy fixed=RANK.")
 @click.option("--retain", type=float, help="Retained variance: --policy variance=RETAIN.")
 @click.option("--ranks", "ranks_file", type=click.Path(path_type=Path), help="A plan from lora-squeeze plan.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_squeeze.cli.options import PLACE_AS_TEXT
 from lora_squeeze.cli.output import printable
 from lora_squeeze.cli.source import open_source
 
@@ -18,7 +19,7 @@ __all__ = ["convert_command"]
 
 @click.command("convert", short_help="The same update as a kohya, diffusers or PEFT adapter.")
 @click.argument("path")
-@click.argument("output")
+@click.argument("output", type=PLACE_AS_TEXT)
 @click.option("--to", required=True, type=click.Choice(("kohya", "diffusers", "peft")), help="The format of OUTPUT.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 def convert_command(path: str, output: str, to: str, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ import click
 from lora_squeeze.cli.data_options import DataOptions, data_options, opened, read, trial_for
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.files import check_file, print_and_write, refuse_stray_overwrite
-from lora_squeeze.cli.options import as_json, calibration_option, parse_fractions
+from lora_squeeze.cli.options import PLACE, as_json, calibration_option, parse_fractions
 from lora_squeeze.cli.output import print_record, progress_of
 from lora_squeeze.spelling import percent
 
@@ -36,7 +36,7 @@ _SUFFIXES = (".png", ".svg", ".pdf", ".json")
     help="Fractions of the parameters to measure at.",
 )
 @click.option("--metric", "metrics", multiple=True, help="loss, accuracy, …  Repeatable.  [default: all]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also a figure (.png, .svg, .pdf) or .json.")
+@click.option("-o", "--output", type=PLACE, help="Also a figure (.png, .svg, .pdf) or .json.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.option("--draws", type=click.IntRange(min=100), default=2000, help="Of the bootstrap.")
 @click.option("--seed", default=0, help="Of the bootstrap.")

@@ -9,6 +9,7 @@ import click
 from lora_squeeze.cli.compress import choose, chosen_policies
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.options import (
+    PLACE_AS_TEXT,
     RankOptions,
     as_json,
     compute_options,
@@ -35,7 +36,7 @@ def _parse_weights(_context: click.Context, _option: click.Parameter, text: str)
 
 @click.command("merge", short_help="The weighted sum of adapters, exact or squeezed.")
 @click.argument("paths", nargs=-1, required=True)
-@click.argument("output")
+@click.argument("output", type=PLACE_AS_TEXT)
 @click.option(
     "--weights", default="average", callback=_parse_weights, help="One for each adapter, as 0.7,0.3; average; or sum."
 )

@@ -15,6 +15,8 @@ from lora_squeeze.settings import CHOICES, is_stray_max_lora_rank
 from lora_squeeze.spelling import read_numbers
 
 __all__ = [
+    "PLACE",
+    "PLACE_AS_TEXT",
     "RankOptions",
     "as_json",
     "calibration_option",
@@ -31,6 +33,18 @@ __all__ = [
     "runtime_options",
     "spelled",
 ]
+
+
+class _Place(click.Path):
+    """A path to write to, which may not be empty: pathlib takes that for the folder one is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty: is a variable of the shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PLACE, PLACE_AS_TEXT = _Place(path_type=Path), _Place(path_type=str)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

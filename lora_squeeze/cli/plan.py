@@ -9,6 +9,7 @@ import click
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.files import check_file, print_and_write, refuse_stray_overwrite
 from lora_squeeze.cli.options import (
+    PLACE,
     RankOptions,
     as_json,
     calibration_option,
@@ -27,7 +28,7 @@ __all__ = ["plan_command"]
 
 @click.command("plan", short_help="Choose ranks layer by layer; write only numbers.")
 @click.argument("path")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the ranks to this JSON file.")
+@click.option("-o", "--output", type=PLACE, help="Write the ranks to this JSON file.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @dtype_option
 @runtime_options()

@@ -12,6 +12,7 @@ import click
 from lora_squeeze.cli.decomposing import decomposed
 from lora_squeeze.cli.files import check_file, refuse_stray_overwrite
 from lora_squeeze.cli.options import (
+    PLACE,
     RankOptions,
     calibration_option,
     compute_options,
@@ -43,10 +44,8 @@ _OF_TENSORS = ("dtype", "runtime", "max_lora_rank", "calibration", "method", "de
 
 @click.command("report", short_help="A page in one file, every policy under a slider.")
 @click.argument("path")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the page to this .html file.")
-@click.option(
-    "--plots", type=click.Path(path_type=Path), metavar="DIR", help="Write its figures as PNG and SVG to this folder."
-)
+@click.option("-o", "--output", type=PLACE, help="Write the page to this .html file.")
+@click.option("--plots", type=PLACE, metavar="DIR", help="Write its figures as PNG and SVG to this folder.")
 @click.option(
     "--curve",
     "curve_file",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_squeeze.cli.explaining import explain_run
-from lora_squeeze.cli.options import as_json
+from lora_squeeze.cli.options import PLACE, as_json
 from lora_squeeze.cli.output import print_record, progress
 from lora_squeeze.cli.source import open_source
 from lora_squeeze.settings import ModelSettings, Settings, SqueezeSettings
@@ -33,7 +33,7 @@ __all__ = ["continue_command", "train_command", "train_from_file"]
 
 @click.command("train", short_help="Train an adapter as a TOML file says.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: logs/NAME of CONFIG]")
+@click.option("--out", type=PLACE, help="Folder of the run.  [default: logs/NAME of CONFIG]")
 @click.option("--overwrite", is_flag=True, help="Begin anew if the folder holds a run.")
 @click.option("--explain", is_flag=True, help="Say what would be done, and do nothing.")
 @as_json
@@ -51,6 +51,8 @@ def train_from_file(
     """What `lora-squeeze train` does."""
     settings = read_run_settings(config)
     folder = out or Path(settings.logging.log_dir or Path("logs") / config.stem)
+    if settings.squeeze is not None and (settings.squeeze.output_path or not explain):
+        _check_squeeze(settings.squeeze, config, folder, overwrite=overwrite)
     if explain:
         explain_run(config, settings, folder)
         return
@@ -62,7 +64,7 @@ def train_from_file(
 @click.command("continue", short_help="Squeeze a saved adapter and train it on.")
 @click.argument("adapter")
 @click.option("--data", multiple=True, required=True, help="File, folder, data set or builtin:NAME.  Repeatable.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--out", required=True, type=PLACE, help="Folder of the run.")
 @click.option("--rank", type=click.IntRange(min=1), help="Squeeze to this rank first.  [default: the rank it has]")
 @click.option("--base", default="", show_default=False, help="The base model.  [default: the one that ADAPTER names]")
 @click.option("--method", type=click.Choice(METHODS), default="sft", help="How to train.")
@@ -100,6 +102,8 @@ def continue_command(
 
     What else a run can be told is said in a TOML file: `[model] adapter` and `squeeze_to`, for `lora-squeeze train`.
     """
+    if not adapter:
+        raise click.UsageError("ADAPTER is empty: is a variable of the shell not set?")
     if warmup is not None and warmup >= steps:
         raise click.UsageError(f"--warmup {warmup} leaves no step at the learning rate: --steps is {steps}")
     settings = RunSettings(
@@ -142,6 +146,14 @@ def _train(settings: RunSettings, folder: Path, *, overwrite: bool, as_json: boo
     return record
 
 
+def _check_squeeze(chosen: SqueezeSettings, config: Path, folder: Path, *, overwrite: bool) -> None:
+    from lora_squeeze.squeezing import check_ahead
+    from lora_squeeze.training.folder import RunFolder
+
+    run = RunFolder(folder)
+    check_ahead(chosen, config, source=run.final, made=not overwrite and run.finished() is not None)
+
+
 def _squeeze(chosen: SqueezeSettings, record: RunRecord, *, as_json: bool) -> None:
     from lora_squeeze.report.table import analysis_table, compression_table
     from lora_squeeze.squeezing import squeeze_as_set
@@ -152,6 +164,11 @@ def _squeeze(chosen: SqueezeSettings, record: RunRecord, *, as_json: bool) -> No
         Settings(replace(chosen, adapter_path=record.adapter)),
         progress=progress,
         on_analysis=lambda analysis: print_record(analysis, analysis_table, as_json=as_json),
+        on_made=lambda: click.echo(
+            f"{chosen.output_path}: has been made of this adapter by these settings already; overwrite = true in "
+            "[squeeze] makes it anew",
+            err=True,
+        ),
     )
     if compression is not None:
         print_record(compression, compression_table, as_json=as_json)

@@ -39,6 +39,8 @@ __all__ = ["SURE", "Criterion", "bisected", "judge", "keep_quality", "ladder"]
 
 SURE = 0.95  # of the draws, for `confident`
 
+_WHOLE, _ALLOWED = "full rank", "largest ranks allowed"  # what plans are called that are of no policy
+
 _PLANS = 128  # of a policy with a continuous value: neighbours differ by 7 per cent
 
 
@@ -80,7 +82,7 @@ class Criterion:
 def judge(criterion: Criterion, scores: Scores, original: Scores) -> tuple[float, bool, float]:
     """The metric, whether it passes, and the share of bootstrap draws in which it would."""
     pair = [scores[criterion.metric], original[criterion.metric]]
-    value, first = (float(top.sum() / bottom.sum()) for top, bottom in pair)
+    value, first = (_mean_of(one, criterion.metric) for one in (scores, original))
     confidence = share_of_draws(pair, lambda drawn: criterion.holds(*drawn), draws=criterion.draws, seed=criterion.seed)
     passes = criterion.holds(value, first) and (confidence >= SURE or not criterion.confident)
     return value, passes, confidence
@@ -102,18 +104,20 @@ def bisected(count: int, passes: Callable[[int], bool]) -> int:
 
 
 def ladder(decomposition: Decomposition, policy: str, *, dtype: str | None = None, **options: Any) -> list[Ranks]:
-    """Plans of one policy with rising numbers of parameters, the adapter as it is at the end.
+    """Plans of one policy with rising numbers of parameters, the largest that the limits allow at the end.
 
+    That is the adapter as it is, where they allow it.
     options
         limits, by, runtime and max_lora_rank, as `choose_ranks` takes them.
 
-    Raises RankError for a policy that there is not or that comes with a value.
+    Raises RankError for a policy that there is not or that comes with a value, and for limits that are impossible.
     """
     if "=" in policy:
         name = policy.partition("=")[0]
         raise RankError(f"policy '{policy}': its value is what is sought; say --policy {name}")
     if policy not in POLICIES:
         raise RankError(f"unknown policy '{policy}'; known are {', '.join(POLICIES)}")
+    largest = _largest(decomposition, dtype=dtype, **options)
     plans: dict[int, Ranks] = {}
     for value in _values(decomposition, policy):
         try:
@@ -121,9 +125,18 @@ def ladder(decomposition: Decomposition, policy: str, *, dtype: str | None = Non
         except RankError:  # less than the smallest ranks allowed
             continue
         plans.setdefault(_parameters(decomposition, plan), plan)
-    whole = full_rank(decomposition.adapter)
-    plans[_parameters(decomposition, whole)] = whole
+    if largest.policy == _WHOLE:
+        plans[_parameters(decomposition, largest)] = largest
+    else:  # a plan of the policy can be asked for again by its value
+        plans.setdefault(_parameters(decomposition, largest), largest)
     return [plans[size] for size in sorted(plans)]
+
+
+def _largest(decomposition: Decomposition, **options: Any) -> Ranks:
+    """The plan that no other of these limits and this runtime exceeds in any layer."""
+    whole = full_rank(decomposition.adapter)
+    allowed = choose_ranks(decomposition, f"fixed={decomposition.adapter.rank}", **options)
+    return whole if allowed.by_layer == whole.by_layer else replace(allowed, policy=_ALLOWED)
 
 
 def keep_quality(
@@ -163,7 +176,7 @@ def keep_quality(
     found = min((search.rising(chosen(policy)) for policy in policies), key=lambda plans: search.parameters(plans[0]))
     plan = search.confirmed(found, written)
     compression = written(plan, output, overwrite=overwrite)
-    first = float(original[criterion.metric][0].sum() / original[criterion.metric][1].sum())
+    first = _mean_of(original, criterion.metric)
     notes = (*compression.notes, *_notes(search.steps[-1], plan, trial.count))
     return Kept(
         metric=criterion.metric,
@@ -191,17 +204,29 @@ class _Search:
     steps: list[KeepStep]
 
     def rising(self, plans: Sequence[Ranks]) -> Sequence[Ranks]:
-        """From the smallest that bisection finds to pass, up to the largest."""
+        """From the smallest that bisection finds to pass, up to the largest, which is taken to pass."""
         return plans[bisected(len(plans), lambda place: self._passes(plans[place])) :]
 
     def confirmed(self, plans: Sequence[Ranks], written: Callable[..., Compression]) -> Ranks:
-        """The first of these plans that passes when it has been written and read back."""
+        """The first of these plans that passes when it has been written and read back.
+
+        Raises ModelError if not even the adapter at its own rank does, RankError if that is not allowed.
+        """
         for plan in plans:
             with tempfile.TemporaryDirectory(prefix="lora-squeeze-keep-") as folder:
                 written(plan, Path(folder, "adapter"))
                 again = contestant_of(self.subject, open_adapter(Path(folder, "adapter")), label="as written")
                 if self._measure(again, plan, ", as written").passes:
                     return plan
+        if plans[-1].by_layer != full_rank(self.decomposition.adapter).by_layer:
+            last, limit = self.steps[-1], self.criterion.limit(_mean_of(self.original, self.criterion.metric))
+            sure = f", in {SURE:.0%} of the draws" if self.criterion.confident else ""
+            raise RankError(
+                f"{self.criterion.metric} is {last.value:.4g} with the largest ranks that the limits allow "
+                f"({last.parameters:,} parameters, largest rank {plans[-1].largest}), and has to be "
+                f"{'at most' if self.criterion.metric == 'loss' else 'at least'} {limit:.4g}{sure}: allow larger "
+                "ranks, or keep less"
+            )
         raise ModelError(
             "not even the adapter at its own rank passes once it is written; was it meant to have another dtype?"
         )
@@ -224,8 +249,13 @@ class _Search:
         return step
 
 
+def _mean_of(scores: Scores, metric: str) -> float:
+    top, bottom = scores[metric]
+    return float(top.sum() / bottom.sum())
+
+
 def _notes(confirmed: KeepStep, plan: Ranks, examples: int) -> Iterator[str]:
-    if plan.policy == "full rank":
+    if plan.policy == _WHOLE:
         yield "nothing smaller passes: this is the adapter at its own rank"
     elif examples < LEAST:
         yield f"that it passes may be noise: {examples} example{'s are' if examples > 1 else ' is'} too few to tell"

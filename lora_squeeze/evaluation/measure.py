@@ -11,7 +11,7 @@ from lora_squeeze.decomposition import Decomposition
 from lora_squeeze.evaluation.bootstrap import DRAWS, estimates
 from lora_squeeze.evaluation.rows import PROMPT, Kind, Row, batches_of, kind_of, rows_of
 from lora_squeeze.evaluation.scoring import Questions, Scores, metrics_for, questions_of, score
-from lora_squeeze.evaluation.subject import Contestant, Subject, contestant_of
+from lora_squeeze.evaluation.subject import Contestant, Subject, contestant_of, label_of
 from lora_squeeze.measurements import Evaluated, Evaluation
 from lora_squeeze.records import Ranks
 
@@ -125,7 +125,7 @@ def squeezed(
     dtype: str | None = None,
 ) -> list[Contestant]:
     """An adapter that is loaded, with lower ranks: what `squeeze` would write, without writing it."""
-    name = subject.adapters[adapter].source.rstrip("/").rpartition("/")[2]
+    name = label_of(subject, adapter)
     return [
         contestant_of(
             subject, compress(decomposition, plan, dtype=dtype), label=f"{name} {plan.policy}", adapter=adapter

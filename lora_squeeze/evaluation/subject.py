@@ -16,10 +16,20 @@ from lora_squeeze.data import Example, Labelled, images_of, labels_of
 from lora_squeeze.errors import AdapterError, DataError
 from lora_squeeze.formats import open_adapter
 from lora_squeeze.formats.remote import OnDownload
+from lora_squeeze.identity import told_apart
 from lora_squeeze.models import Task, device_of, load_model, load_seeing, load_tokenizer, pad_like
 from lora_squeeze.seeing import tokenizer_of
 
-__all__ = ["Contestant", "Subject", "activate", "contestant_of", "loaded", "open_subject", "without_adapter"]
+__all__ = [
+    "Contestant",
+    "Subject",
+    "activate",
+    "contestant_of",
+    "label_of",
+    "loaded",
+    "open_subject",
+    "without_adapter",
+]
 
 _Placed = tuple[Site, Tensor, Tensor, float]
 
@@ -144,7 +154,14 @@ def open_subject(
 def loaded(subject: Subject, name: str = "default") -> Contestant:
     """An adapter as it was loaded."""
     adapter = subject.adapters[name]
-    return Contestant(_label(adapter.source), name, adapter.rank, adapter.parameters)
+    return Contestant(label_of(subject, name), name, adapter.rank, adapter.parameters)
+
+
+def label_of(subject: Subject, name: str) -> str:
+    """What an adapter is called beside the others: the end of its path, as long as it takes to tell them apart."""
+    sources = list(dict.fromkeys(one.source for one in subject.adapters.values()))
+    source = subject.adapters[name].source
+    return (told_apart(sources, "/".join) or sources)[sources.index(source)] or source
 
 
 def without_adapter() -> Contestant:
@@ -183,10 +200,6 @@ def activate(subject: Subject, contestant: Contestant) -> None:
         subject.model.set_adapter(contestant.adapter)
 
 
-def _label(source: str) -> str:
-    return source.rstrip("/").rpartition("/")[2] or source
-
-
 def _as_loaded(model: Any, name: str) -> tuple[_Placed, ...]:
     return tuple((site, site.down.data, site.up.data, site.scale) for site in sites(model, name).values())
 
@@ -195,6 +208,11 @@ def _labels(
     path: str, adapter: Adapter, task: Task, examples: Sequence[Example], given: Sequence[str]
 ) -> tuple[str, ...]:
     if task == "sequence-classification":
+        if given and (heads := _heads(adapter)) and len(given) not in heads:
+            raise DataError(
+                f"{path}: its head has {heads[-1]} classes, and --labels names {len(given)} ({', '.join(given)}); name "
+                "every class, in their order"
+            )
         if saved := _order_of(path, given):
             return saved
         found, classes = labels_of(examples), _classes(adapter)
@@ -237,5 +255,10 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def _classes(adapter: Adapter) -> int:
     """Of the trained head: the rows of the last matrix that is no factor; 0 if there is none."""
-    heads = [tensor.shape[0] for tensor in adapter.pass_through if len(tensor.shape) == 2]
+    heads = _heads(adapter)
     return heads[-1] if heads else 0
+
+
+def _heads(adapter: Adapter) -> list[int]:
+    """The rows of every matrix that is no factor."""
+    return [tensor.shape[0] for tensor in adapter.pass_through if len(tensor.shape) == 2]

@@ -117,6 +117,8 @@ def open_adapter(path: str | os.PathLike[str], *, on_download: OnDownload | None
 
 def _on_this_disk(path: str | os.PathLike[str]) -> tuple[Path, bool]:
     """Where a path leads to on this disk, and whether there is anything."""
+    if not os.fspath(path):  # which pathlib takes for the folder one is in
+        raise AdapterError("the path of the adapter is empty: is a variable of the shell not set?")
     try:
         location = Path(path).expanduser()
         return location, location.exists()
@@ -186,13 +188,13 @@ def _only_file(folder: Path) -> Path:
     return files[0]
 
 
-def check_output_of(adapter: Adapter, output: Path, *, overwrite: bool) -> None:
+def check_output_of(adapter: Adapter, output: Path, *, overwrite: bool, in_file: bool = False) -> None:
     """Refuse an output that this adapter cannot be saved to (see `check_output`). Raises OutputError.
 
     A file that is there is replaced only if it is an adapter: others may be a model of many gigabytes.
     """
     single_file = FORMATS[adapter.format].single_file
-    check_output(output, source=adapter.place, overwrite=overwrite, single_file=single_file)
+    check_output(output, source=adapter.place, overwrite=overwrite, single_file=single_file, in_file=in_file)
     if single_file and output.exists() and not _is_adapter_file(output):
         raise OutputError(
             f"{output}: is a file, but no adapter, so not even --overwrite replaces it; choose another output"
@@ -213,6 +215,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
     so it appears whole or not at all. Raises OutputError if it cannot be written, exists (without
     `overwrite`) or is the source.
     """
+    if not os.fspath(path):
+        raise OutputError("the path of the output is empty: is a variable of the shell not set?")
     try:
         output = Path(path).expanduser()
     except RuntimeError as error:  # no such user

@@ -28,7 +28,9 @@ def belongs_to_training(name: str) -> bool:
     return _TRAINING_STATE.fullmatch(name) is not None
 
 
-def check_output(output: Path, *, source: Path | None, overwrite: bool, single_file: bool = False) -> None:
+def check_output(
+    output: Path, *, source: Path | None, overwrite: bool, single_file: bool = False, in_file: bool = False
+) -> None:
     """Refuse an output that is the source, lies inside it or around it, or exists already.
 
     Meant to be asked before any work is done.
@@ -37,6 +39,8 @@ def check_output(output: Path, *, source: Path | None, overwrite: bool, single_f
     single_file
         whether the output will be a file; its name must say that it is a safetensors file, as
         programs that list adapters go by that.
+    in_file
+        whether `overwrite` is a key of [squeeze] in a file, and no option.
 
     Raises OutputError.
     """
@@ -56,7 +60,8 @@ def check_output(output: Path, *, source: Path | None, overwrite: bool, single_f
         elif output.exists():
             _check_folder(output)
         if _is_something(output) and not overwrite:
-            raise OutputError(f"{output}: already exists; use --overwrite to replace it, or choose another output")
+            how = "set overwrite = true in [squeeze]" if in_file else "use --overwrite"
+            raise OutputError(f"{output}: already exists; {how} to replace it, or choose another output")
         check_folder_of(output)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a circle of links; ValueError: a NUL
         reason = error.strerror if isinstance(error, OSError) else error
