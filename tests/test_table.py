@@ -97,7 +97,7 @@ def curve_of(label):
     "shown",
     [
         lambda: plan_table(Ranks(NAMED, {"a": 2}), OUTCOME),
-        lambda: comparison_table([OUTCOME], source="here"),
+        lambda: comparison_table([OUTCOME], source="here", fractions=[0.5], policies=[]),
         lambda: compression_table(SQUEEZED),
         lambda: verification_table(Verification("out", "in", (), SQUEEZED)),
         lambda: kept_table(Kept("loss", 0.1, False, 0.5, 0.6, 9, (KeepStep(NAMED, 64, 0.5, True, 1.0),), COMPRESSION)),
