@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from lora_squeeze.adapter import Adapter
 from lora_squeeze.analysis import analyze
-from lora_squeeze.compression import compress
+from lora_squeeze.compression import compress_for
 from lora_squeeze.decomposition import Decomposition, decompose
 from lora_squeeze.errors import AdapterError, RankError, SettingsError
 from lora_squeeze.formats import as_written, check_output_of, open_adapter
@@ -21,7 +21,7 @@ from lora_squeeze.limits import check_limits
 from lora_squeeze.moments import read_moments
 from lora_squeeze.provenance import Provenance, provenance_of
 from lora_squeeze.records import Analysis, Compression, Ranks
-from lora_squeeze.serving import fit, limits_for, needs_one_alpha
+from lora_squeeze.serving import limits_for
 from lora_squeeze.settings import Settings, SqueezeSettings
 from lora_squeeze.spectrum import check_device
 from lora_squeeze.verbs import choose_ranks, squeeze
@@ -142,10 +142,8 @@ def _is_made_of(adapter: Adapter, output: Path) -> bool:
 def _would_be_the_same(decomposition: Decomposition, ranks: Ranks, chosen: SqueezeSettings, output: Path) -> bool:
     """Whether what lies there, made of this adapter, is what would be made of it by these settings."""
     adapter = decomposition.adapter
-    planned = compress(
-        decomposition, ranks, dtype=chosen.dtype.upper() or None, one_alpha=needs_one_alpha(adapter, chosen.runtime)
-    )
-    planned, there = as_written(fit(planned, chosen.runtime)), open_adapter(output)
+    planned = as_written(compress_for(decomposition, ranks, runtime=chosen.runtime, dtype=chosen.dtype or None))
+    there = open_adapter(output)
     of_plan, of_there = provenance_of(planned), provenance_of(there)
     assert of_plan is not None, "it says of what it is made"
     of_plan = replace(of_plan, fitted=bool(chosen.base_path) and bool(magnitudes_of(adapter)))

@@ -95,7 +95,7 @@ def _check_folder(output: Path) -> None:
             f"{output}: is the folder you are in, or one around it, and a new one would take its place; "
             f"choose another output, as {output / 'squeezed'}"
         )
-    if output.is_mount():
+    if os.path.ismount(output):  # Path.is_mount() came to Windows only with Python 3.12
         raise OutputError(
             f"{output}: a disk is mounted there, and nothing can take its place; choose a folder in it, as "
             f"{output / 'squeezed'}"
